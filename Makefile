@@ -1,0 +1,45 @@
+# Everything a newcomer needs; each target does its own set-up in $(VENV).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= weights/default
+DEVICE ?= auto
+
+.PHONY: serve test check bench setup
+
+serve: $(STAMP)
+	exec $(BIN)/speechllm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)" --device "$(DEVICE)"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint Dockerfile; fi
+	$(MAKE) --no-print-directory test
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.load
+
+setup: $(STAMP)
+
+# The lock lets two of these run side by side; the second finds the first one's work done. setuptools is installed
+# ahead of the project so that the build uses the pinned one.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: name another with make PYTHON=python3.12")'
+	exec 9> $(VENV).lock; flock 9; \
+	if [ $@ -nt pyproject.toml ] && [ $@ -nt constraints.txt ]; then exit 0; fi; \
+	$(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools; \
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,tensorboard]'; \
+	touch $@
