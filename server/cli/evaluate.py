@@ -1,0 +1,214 @@
+"""`speechllm evaluate` and `speechllm compare`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path  # noqa: TC003 - Typer reads annotations at run time
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from model.data.manifest import Utterance
+    from model.evaluation.decoding import BatchLimits, Clip, Decoding, SpeechTranscriber
+    from model.evaluation.summary import GroupSummary
+
+_FAILED = 1
+_BAD_USAGE = 2
+
+
+def evaluate(
+    *,
+    model: Annotated[
+        Path, typer.Option(help="Checkpoint folder: a speech LLM or a plain Whisper model.")
+    ],
+    manifest: Annotated[Path, typer.Option(help="JSONL manifest with references.")],
+    output: Annotated[Path, typer.Option(help="Folder for results, report and figures.")],
+    audio_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that audio paths are relative to; default the manifest's."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most clips in a batch.")] = 16,
+    max_batch_audio_s: Annotated[
+        float, typer.Option(min=1.0, help="Most seconds of audio in a batch, padding included.")
+    ] = 240.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    language: Annotated[
+        str | None,
+        typer.Option(help="Language of utterances for which the manifest names none."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many utterances.")
+    ] = None,
+    with_ctc: Annotated[
+        bool, typer.Option("--with-ctc", help="Also score the CTC head's greedy text.")
+    ] = False,
+) -> None:
+    """Transcribe a manifest and report word and character error rates."""
+    from model.evaluation.decoding import (  # noqa: PLC0415 - torch, not for --help
+        BatchLimits,
+        load_transcriber,
+    )
+    from model.evaluation.report import (  # noqa: PLC0415
+        Evaluation,
+        describe_environment,
+        write_evaluation,
+    )
+    from model.evaluation.scoring import score_utterance  # noqa: PLC0415
+
+    try:
+        clips, unlabelled = _read_clips(manifest, audio_root, language, limit)
+        output.mkdir(parents=True, exist_ok=True)
+        transcriber = load_transcriber(model, device)
+    except (OSError, ValueError) as error:
+        _fail(str(error), _BAD_USAGE)
+    decoding = _transcribe_with_progress(
+        transcriber,
+        clips,
+        BatchLimits(batch_size, max_batch_audio_s),
+        with_ctc=with_ctc,
+    )
+    for failed in decoding.failed:
+        typer.echo(f"failed: {failed.id}: {failed.reason}", err=True)
+    evaluation = Evaluation(
+        model=str(model),
+        manifest=str(manifest),
+        settings={
+            "batch_size": batch_size,
+            "max_batch_audio_s": max_batch_audio_s,
+            "with_ctc": with_ctc,
+            "language": language,
+            "limit": limit,
+        },
+        environment=describe_environment(transcriber.device),
+        decoding=decoding,
+        utterances=[score_utterance(result) for result in decoding.results],
+        unlabelled=unlabelled,
+    )
+    try:
+        total = write_evaluation(output, evaluation)
+    except (OSError, ValueError) as error:
+        _fail(str(error), _FAILED)
+    _print_totals(total, decoding, unlabelled, output)
+    if decoding.failed:
+        _fail(f"{len(decoding.failed)} of {len(clips)} utterances failed", _FAILED)
+
+
+def compare(
+    results_a: Annotated[Path, typer.Argument(help="results.jsonl of the first system.")],
+    results_b: Annotated[Path, typer.Argument(help="results.jsonl of the second system.")],
+) -> None:
+    """Compare two evaluations of the same utterances with a paired bootstrap."""
+    from model.evaluation.comparison import compare_results  # noqa: PLC0415 - heavy, as above
+    from model.evaluation.report import render_comparison  # noqa: PLC0415
+    from model.evaluation.results import read_results  # noqa: PLC0415
+
+    try:
+        comparisons = compare_results(read_results(results_a), read_results(results_b))
+    except ValueError as error:
+        _fail(str(error), _BAD_USAGE)
+    typer.echo(render_comparison(comparisons))
+
+
+def _read_clips(
+    manifest: Path, audio_root: Path | None, language: str | None, limit: int | None
+) -> tuple[list[Clip], int]:
+    """Read the labelled utterances, and count those without a reference."""
+    from model.data.manifest import read_manifest  # noqa: PLC0415 - heavy, as above
+    from model.evaluation.decoding import Clip  # noqa: PLC0415
+    from model.evaluation.errors import EvaluationError  # noqa: PLC0415
+    from model.evaluation.results import require_unique_ids  # noqa: PLC0415
+
+    utterances = read_manifest(manifest, audio_root)[:limit]
+    require_unique_ids((utterance.id for utterance in utterances), str(manifest))
+    clips = [
+        Clip(
+            id=utterance.id,
+            reference=utterance.text,
+            language=utterance.language or language,
+            speaker=utterance.speaker,
+            duration_s=utterance.duration,
+            load=partial(_load_waveform, utterance),
+        )
+        for utterance in utterances
+        if utterance.text is not None
+    ]
+    if not clips:
+        raise EvaluationError(f"{manifest}: no utterance has a text to score against")
+    return clips, len(utterances) - len(clips)
+
+
+def _load_waveform(utterance: Utterance) -> NDArray[np.float32]:
+    from model.data.audio import load_audio  # noqa: PLC0415 - heavy, as above
+    from model.evaluation.errors import UnreadableClipError  # noqa: PLC0415
+
+    try:
+        return load_audio(utterance.audio)
+    except (OSError, ValueError) as error:
+        raise UnreadableClipError(str(error)) from error
+
+
+def _transcribe_with_progress(
+    transcriber: SpeechTranscriber,
+    clips: Sequence[Clip],
+    limits: BatchLimits,
+    *,
+    with_ctc: bool,
+) -> Decoding:
+    import torch  # noqa: PLC0415 - heavy, as above
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import Progress, TextColumn  # noqa: PLC0415
+
+    from model.evaluation.decoding import transcribe_clips  # noqa: PLC0415
+    from model.evaluation.errors import EvaluationError  # noqa: PLC0415
+
+    columns = (*Progress.get_default_columns(), TextColumn("RTFx {task.fields[rtfx]:.1f}"))
+    with Progress(*columns, console=Console(file=sys.stderr)) as progress:
+        task = progress.add_task("Transcribing", total=len(clips), rtfx=0.0)
+
+        def show(done: int, so_far: Decoding) -> None:
+            progress.update(task, completed=done, rtfx=so_far.rtfx)
+
+        try:
+            return transcribe_clips(
+                transcriber,
+                clips,
+                limits,
+                with_ctc=with_ctc,
+                on_progress=show,
+            )
+        except EvaluationError as error:
+            _fail(str(error), _BAD_USAGE)
+        except torch.OutOfMemoryError:
+            _fail(
+                "out of device memory: lower --batch-size or --max-batch-audio-s "
+                f"(now {limits.max_clips} and {limits.max_audio_s:g})",
+                _FAILED,
+            )
+
+
+def _print_totals(total: GroupSummary, decoding: Decoding, unlabelled: int, output: Path) -> None:
+    echo: Callable[[str], None] = typer.echo
+    for label, metrics in (("", total.metrics), ("CTC ", total.ctc_metrics)):
+        for name, metric in (("WER", "word_normalised"), ("CER", "char_normalised")):
+            rate = metrics[metric] if metrics else None
+            if rate is None or rate.rate is None:
+                continue
+            interval = rate.interval
+            span = f" (95 % CI {interval.low:.2%} … {interval.high:.2%})" if interval else ""
+            echo(f"{label}{name} normalised {rate.rate:.2%}{span}")
+    echo(f"{total.utterances} utterances, {total.duration_s:.1f} s, RTFx {decoding.rtfx:.1f}")
+    if unlabelled:
+        echo(f"{unlabelled} utterances without a reference left out")
+    echo(f"Report: {output / 'report.md'}")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
