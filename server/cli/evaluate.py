@@ -51,16 +51,16 @@ def evaluate(
     ] = False,
 ) -> None:
     """Transcribe a manifest and report word and character error rates."""
-    from model.evaluation.decoding import (  # noqa: PLC0415 - torch, not for --help
+    from model.evaluation.decoding import (
         BatchLimits,
         load_transcriber,
     )
-    from model.evaluation.report import (  # noqa: PLC0415
+    from model.evaluation.report import (
         Evaluation,
         describe_environment,
         write_evaluation,
     )
-    from model.evaluation.scoring import score_utterance  # noqa: PLC0415
+    from model.evaluation.scoring import score_utterance
 
     try:
         clips, unlabelled = _read_clips(manifest, audio_root, language, limit)
@@ -105,9 +105,9 @@ def compare(
     results_b: Annotated[Path, typer.Argument(help="results.jsonl of the second system.")],
 ) -> None:
     """Compare two evaluations of the same utterances with a paired bootstrap."""
-    from model.evaluation.comparison import compare_results  # noqa: PLC0415 - heavy, as above
-    from model.evaluation.report import render_comparison  # noqa: PLC0415
-    from model.evaluation.results import read_results  # noqa: PLC0415
+    from model.evaluation.comparison import compare_results
+    from model.evaluation.report import render_comparison
+    from model.evaluation.results import read_results
 
     try:
         comparisons = compare_results(read_results(results_a), read_results(results_b))
@@ -120,10 +120,10 @@ def _read_clips(
     manifest: Path, audio_root: Path | None, language: str | None, limit: int | None
 ) -> tuple[list[Clip], int]:
     """Read the labelled utterances, and count those without a reference."""
-    from model.data.manifest import read_manifest  # noqa: PLC0415 - heavy, as above
-    from model.evaluation.decoding import Clip  # noqa: PLC0415
-    from model.evaluation.errors import EvaluationError  # noqa: PLC0415
-    from model.evaluation.results import require_unique_ids  # noqa: PLC0415
+    from model.data.manifest import read_manifest
+    from model.evaluation.decoding import Clip
+    from model.evaluation.errors import EvaluationError
+    from model.evaluation.results import require_unique_ids
 
     utterances = read_manifest(manifest, audio_root)[:limit]
     require_unique_ids((utterance.id for utterance in utterances), str(manifest))
@@ -145,8 +145,8 @@ def _read_clips(
 
 
 def _load_waveform(utterance: Utterance) -> NDArray[np.float32]:
-    from model.data.audio import load_audio  # noqa: PLC0415 - heavy, as above
-    from model.evaluation.errors import UnreadableClipError  # noqa: PLC0415
+    from model.data.audio import load_audio
+    from model.evaluation.errors import UnreadableClipError
 
     try:
         return load_audio(utterance.audio)
@@ -161,12 +161,12 @@ def _transcribe_with_progress(
     *,
     with_ctc: bool,
 ) -> Decoding:
-    import torch  # noqa: PLC0415 - heavy, as above
-    from rich.console import Console  # noqa: PLC0415
-    from rich.progress import Progress, TextColumn  # noqa: PLC0415
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn
 
-    from model.evaluation.decoding import transcribe_clips  # noqa: PLC0415
-    from model.evaluation.errors import EvaluationError  # noqa: PLC0415
+    from model.evaluation.decoding import transcribe_clips
+    from model.evaluation.errors import EvaluationError
 
     columns = (*Progress.get_default_columns(), TextColumn("RTFx {task.fields[rtfx]:.1f}"))
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:

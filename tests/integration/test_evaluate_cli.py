@@ -22,6 +22,17 @@ def command_line():
 
 
 @pytest.fixture
+def usual_options(tiny_checkpoint, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return {
+        "--model": tiny_checkpoint,
+        "--manifest": corpus[0],
+        "--output": "run",
+        "--device": "cpu",
+    }
+
+
+@pytest.fixture
 def corpus(tmp_path):
     """Six short recordings of two languages, one of them silence, one without a reference."""
     rng = np.random.default_rng(0)
@@ -149,17 +160,9 @@ def test_nothing_readable_is_one_clear_error(command_line, tiny_checkpoint, corp
     ],
 )
 def test_bad_usage_is_one_clear_error_and_exit_code_two(
-    command_line, tiny_checkpoint, corpus, tmp_path, monkeypatch, arguments, reason
+    command_line, usual_options, arguments, reason
 ):
-    manifest, _ = corpus
-    monkeypatch.chdir(tmp_path)
-    usual = {
-        "--model": tiny_checkpoint,
-        "--manifest": manifest,
-        "--output": "run",
-        "--device": "cpu",
-    }
-    options = [part for option in (usual | arguments).items() for part in option]
+    options = [part for option in (usual_options | arguments).items() for part in option]
     outcome = command_line("evaluate", *options)
     assert outcome.exit_code == 2
     assert reason in outcome.stderr

@@ -17,7 +17,7 @@ from model.evaluation.results import UtteranceResult, read_results
 from model.evaluation.scoring import score_utterance
 
 RESULTS = [
-    UtteranceResult("a", "one two three", "one two three", "one two", "en", "s1", 1.0, "stop"),
+    UtteranceResult("a", "the cat sat", "the cat sat", "the cat", "en", "s1", 1.0, "stop"),
     UtteranceResult("b", "сайн байна", "саин | <b>байна</b>", "сайн", "mn", "s2", 5.0, "stop"),
     UtteranceResult("c", "", "", "", "mn", None, 40.0, "length"),
 ]
