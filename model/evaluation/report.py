@@ -176,13 +176,10 @@ def _overview(evaluation: Evaluation, total: GroupSummary) -> str:
     ]
     if decoding.failed:
         lines.append(
-            f"**{len(decoding.failed)} utterances failed** and are in none of the figures; "
-            "they are listed below."
+            f"**Failed utterances: {len(decoding.failed)}**, in none of the figures, listed below."
         )
     if evaluation.unlabelled:
-        lines.append(
-            f"{evaluation.unlabelled} utterances without a reference were not transcribed."
-        )
+        lines.append(f"Utterances without a reference, left out: {evaluation.unlabelled}.")
     lines.append(
         f"Intervals: 95 %, bootstrap by {total.resampling_unit}, {REPLICATES} replicates. "
         "Rates are of the whole corpus, in percent. Normalised: Whisper's normaliser for English; "

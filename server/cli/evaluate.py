@@ -51,15 +51,9 @@ def evaluate(
     ] = False,
 ) -> None:
     """Transcribe a manifest and report word and character error rates."""
-    from model.evaluation.decoding import (
-        BatchLimits,
-        load_transcriber,
-    )
-    from model.evaluation.report import (
-        Evaluation,
-        describe_environment,
-        write_evaluation,
-    )
+    # Imported here, as in all commands, so that --help does not wait for torch.
+    from model.evaluation.decoding import BatchLimits, load_transcriber
+    from model.evaluation.report import Evaluation, describe_environment, write_evaluation
     from model.evaluation.scoring import score_utterance
 
     try:
@@ -150,7 +144,7 @@ def _load_waveform(utterance: Utterance) -> NDArray[np.float32]:
 
     try:
         return load_audio(utterance.audio)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # libsndfile's are RuntimeErrors
         raise UnreadableClipError(str(error)) from error
 
 
@@ -205,7 +199,7 @@ def _print_totals(total: GroupSummary, decoding: Decoding, unlabelled: int, outp
             echo(f"{label}{name} normalised {rate.rate:.2%}{span}")
     echo(f"{total.utterances} utterances, {total.duration_s:.1f} s, RTFx {decoding.rtfx:.1f}")
     if unlabelled:
-        echo(f"{unlabelled} utterances without a reference left out")
+        echo(f"Utterances without a reference, left out: {unlabelled}")
     echo(f"Report: {output / 'report.md'}")
 
 

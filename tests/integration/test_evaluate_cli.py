@@ -94,7 +94,7 @@ def test_evaluation_scores_every_labelled_utterance(
     assert (output / "report.md").stat().st_size > 1000
     assert (output / "wer_by_duration.png").is_file()
     assert (output / "wer_distribution.png").is_file()
-    assert "1 utterances without a reference left out" in outcome.stdout
+    assert "Utterances without a reference, left out: 1" in outcome.stdout
 
 
 def test_batch_of_one_gives_the_same_texts_as_a_large_batch(

@@ -68,8 +68,8 @@ def test_report_has_every_table(tmp_path):
     write_evaluation(tmp_path, make_evaluation(RESULTS, [FailedClip("d", "no audio stream")]))
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "3 utterances, 46.0 s of audio, transcribed in 2.0 s (RTFx 23.0)" in report
-    assert "**1 utterances failed**" in report
-    assert "3 utterances without a reference were not transcribed" in report
+    assert "**Failed utterances: 1**" in report
+    assert "Utterances without a reference, left out: 3." in report
     row = table_row(report, "total", "WER normalised", "60.00")
     assert row.endswith("| 1 | 0 | 2 | 5 | 0 |")
     assert "## Error rates of the CTC head" in report
