@@ -61,5 +61,7 @@ def normalise_english(text: str) -> str:
 def _english_normaliser() -> EnglishTextNormalizer:
     # transformers has the algorithm but keeps the spelling table on the hub; this package ships it.
     table = resources.files("whisper_normalizer") / "normalizers" / "english.json"
-    mapping = json.loads(table.read_text(encoding="utf-8"))
+    mapping: dict[str, str] = json.loads(table.read_text(encoding="utf-8"))
+    # The first published table has a slip here, "archeology</span>", and so has this copy of it.
+    mapping["archaeology"] = "archeology"
     return EnglishTextNormalizer(mapping)  # type: ignore[no-untyped-call]

@@ -21,6 +21,7 @@ def test_other_tags_choose_the_basic_normaliser(language):
     ("spoken", "expected"),
     [
         ("Colour", "color"),
+        ("archaeology", "archeology"),
         ("twenty five", "25"),
         ("one oh one", "101"),
         ("Mr. Smith won't go.", "mister smith will not go"),
