@@ -1,0 +1,137 @@
+"""Put an encoder, a connector and an LLM together into a new speech LLM."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, WhisperConfig, WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from model.checkpoint import (
+    CheckpointError,
+    check_tensors,
+    load_encoder,
+    load_llm,
+    load_tokenizer,
+    read_tensors,
+    resolve,
+)
+from model.configuration import DEFAULT_PROMPT, SpeechLLMConfig
+from model.modeling import SpeechLLMForConditionalGeneration
+from model.processing import SpeechLLMProcessor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CTC_HEAD_FILE = "ctc_head.safetensors"
+AUDIO_TOKEN = "<|audio|>"  # noqa: S105 - a vocabulary entry
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a new speech LLM is made of.
+
+    Attributes:
+        encoder: folder or hub id of a Whisper encoder or a whole Whisper.
+        llm: folder or hub id of a causal LM with its tokenizer.
+        connector: `{"type": name, …}`.
+        ctc: `none`, `auxiliary` or `fused`, see `SpeechLLMConfig`.
+        encoder_mode: `padded` or `trimmed`; None takes what the encoder was fine-tuned for.
+        prompt: what the user turn asks.
+        languages: ISO 639-1 codes.
+        random_encoder: start from random encoder weights (an ablation).
+    """
+
+    encoder: str
+    llm: str
+    connector: dict[str, Any] = field(default_factory=dict)
+    ctc: str = "none"
+    encoder_mode: str | None = None
+    prompt: str = DEFAULT_PROMPT
+    languages: tuple[str, ...] = ()
+    random_encoder: bool = False
+
+
+def prepare_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load an LLM's tokenizer and give it what a speech LLM needs.
+
+    An `<|audio|>` entry marks audio positions; a pad token that differs from EOS leaves EOS
+    trainable. Both take spare ids, so that a published LLM's embeddings keep their size.
+    """
+    tokenizer = load_tokenizer(source)
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        if "<|im_end|>" in vocabulary and tokenizer.eos_token != "<|im_end|>":  # noqa: S105
+            tokenizer.eos_token = "<|im_end|>"  # noqa: S105 - Qwen's base models end with pad
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if AUDIO_TOKEN not in vocabulary:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [AUDIO_TOKEN]}, replace_additional_special_tokens=False
+        )
+    return tokenizer
+
+
+def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
+    """Make a speech LLM with a new connector, in fp32.
+
+    A CTC head that lies beside the encoder (`ctc_head.safetensors`) is taken over.
+
+    Raises:
+        CheckpointError: a part cannot be used, or the tokenizer needs more ids than the LLM has.
+        ValueError: a configuration value out of range.
+    """
+    encoder_folder, llm_folder = resolve(parts.encoder), resolve(parts.llm)
+    tokenizer = prepare_tokenizer(parts.llm)
+    encoder_fields = json.loads((encoder_folder / "config.json").read_text())
+    llm_config = AutoConfig.from_pretrained(llm_folder)
+    if max(tokenizer.get_vocab().values()) >= llm_config.vocab_size:
+        raise CheckpointError(
+            f"{parts.llm}: its {llm_config.vocab_size} embeddings leave no spare id for "
+            f"{AUDIO_TOKEN} or a pad token; resize its embeddings first"
+        )
+    config = SpeechLLMConfig(
+        encoder_config=WhisperConfig.from_pretrained(encoder_folder),
+        llm_config=llm_config,
+        encoder="encoder" if Path(parts.encoder).exists() else parts.encoder,
+        llm="llm" if Path(parts.llm).exists() else parts.llm,
+        connector=parts.connector,
+        ctc=parts.ctc,
+        encoder_mode=parts.encoder_mode or encoder_fields.get("encoder_mode", "padded"),
+        prompt=parts.prompt,
+        audio_token_id=tokenizer.get_vocab()[AUDIO_TOKEN],
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        languages=list(parts.languages),
+    )
+    encoder = (
+        WhisperEncoder(config.encoder_config)
+        if parts.random_encoder
+        else load_encoder(encoder_folder, config, torch.float32)
+    )
+    llm = load_llm(llm_folder, config, torch.float32)
+    model = SpeechLLMForConditionalGeneration(config, encoder=encoder, llm=llm)
+    _take_over_ctc_head(model, encoder_folder / CTC_HEAD_FILE)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    processor = SpeechLLMProcessor(
+        WhisperFeatureExtractor(feature_size=config.encoder_config.num_mel_bins),
+        tokenizer,
+        connector=config.connector,
+        encoder_mode=config.encoder_mode,
+        prompt=config.prompt,
+    )
+    return model, processor
+
+
+def _take_over_ctc_head(model: SpeechLLMForConditionalGeneration, file: Path) -> None:
+    if model.ctc_head is None or not file.exists():
+        return
+    tensors = read_tensors([file])
+    check_tensors(tensors, model.ctc_head.state_dict(), str(file))
+    model.ctc_head.load_state_dict(tensors)

@@ -1,0 +1,101 @@
+"""Configuration of a speech LLM: encoder, connector, LLM and how they are put together."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, get_args
+
+from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
+
+from model.connectors import connector_config
+from model.encoder import EncoderMode
+
+DEFAULT_PROMPT = "Юу гэж хэлсэн бэ?"
+"""What the first system asked of its LLM: "What did they say?" in Mongolian."""
+
+
+class SpeechLLMConfig(PreTrainedConfig):
+    """Describe a speech LLM.
+
+    Args:
+        encoder_config: the Whisper encoder's configuration.
+        llm_config: any causal LM's configuration; Qwen2 when only a dict without model_type.
+        encoder: where the encoder's weights lie: a folder (relative to the checkpoint or absolute)
+            or a hub id such as `openai/whisper-tiny`.
+        llm: the same for the LLM, for example `Qwen/Qwen2.5-0.5B-Instruct`.
+        lora: folder of a peft adapter on the LLM, relative to the checkpoint; None without one.
+        connector: `{"type": name, …}`, see `model.connectors`.
+        ctc: `none`: no auxiliary head; `auxiliary`: a CTC head over the LLM's vocabulary reads the
+            encoder; `fused`: and its posteriors, times the LLM's token embeddings, are added to
+            the audio embeddings.
+        encoder_mode: `padded` or `trimmed`, see `model.encoder.encode`.
+        prompt: what the user turn asks after the audio.
+        audio_token_id: id that marks audio positions in `input_ids`; an entry that no text uses.
+        pad_token_id, eos_token_id: of the LLM's tokenizer; they differ.
+        languages: ISO 639-1 codes of what the checkpoint was trained on.
+        max_audio_s: longest clip, at most the encoder's 30 s window.
+        max_tokens_per_audio_s, min_token_budget: cap on generated tokens for a clip of s seconds:
+            `min_token_budget + max_tokens_per_audio_s * s`.
+
+    Raises:
+        ValueError: a value outside its range, with the value and the range.
+    """
+
+    model_type: ClassVar[str] = "speech_llm"
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "encoder_config": WhisperConfig,
+        "llm_config": AutoConfig,
+    }
+
+    encoder_config: dict[str, Any] | PreTrainedConfig | None = None
+    llm_config: dict[str, Any] | PreTrainedConfig | None = None
+    encoder: str = "encoder"
+    llm: str = "llm"
+    lora: str | None = None
+    connector: dict[str, Any] | None = None
+    ctc: str = "none"
+    encoder_mode: str = "padded"
+    prompt: str = DEFAULT_PROMPT
+    audio_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    languages: list[str] | None = None
+    max_audio_s: float = 30.0
+    max_tokens_per_audio_s: float = 12.0
+    min_token_budget: int = 16
+
+    def __post_init__(self, **kwargs: Any) -> None:  # noqa: ANN401 - transformers' signature
+        """Build the nested configurations and check every value."""
+        if not isinstance(self.encoder_config, PreTrainedConfig):
+            self.encoder_config = WhisperConfig(**(self.encoder_config or {}))
+        if not isinstance(self.llm_config, PreTrainedConfig):
+            fields = dict(self.llm_config or {})
+            self.llm_config = AutoConfig.for_model(fields.pop("model_type", "qwen2"), **fields)
+        self.connector = connector_config(self.connector or {})
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        _check_choice("encoder_mode", self.encoder_mode, get_args(EncoderMode))
+        _check_choice("ctc", self.ctc, get_args(CtcUse))
+        if not 0 < self.max_audio_s <= 30:  # noqa: PLR2004 - Whisper's window
+            raise ValueError(f"max_audio_s must lie in (0, 30], got {self.max_audio_s}")
+        if self.max_tokens_per_audio_s <= 0 or self.min_token_budget < 1:
+            raise ValueError("max_tokens_per_audio_s and min_token_budget must be positive")
+        if self.eos_token_id is not None and self.pad_token_id == self.eos_token_id:
+            raise ValueError(
+                f"pad_token_id and eos_token_id are both {self.eos_token_id}: EOS would be "
+                "padding and never be learnt"
+            )
+
+    def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:  # noqa: ANN401
+        """The LLM's configuration, from which transformers sizes caches and vocabularies."""
+        assert isinstance(self.llm_config, PreTrainedConfig)  # noqa: S101 - set in __post_init__
+        return self.llm_config
+
+
+CtcUse = Literal["none", "auxiliary", "fused"]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,1 @@
+"""Manifests, audio files, augmentation and batches for training and evaluation."""

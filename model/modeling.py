@@ -1,0 +1,265 @@
+"""The speech LLM: Whisper encoder, connector and a causal LM.
+
+Axis legend: B clips, M mel bins, T mel frames, F encoder frames, N audio embeddings,
+L sequence positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSpeechSeq2Seq,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from model.configuration import SpeechLLMConfig
+from model.connectors import make_connector
+from model.connectors.stack import stack_frames
+from model.encoder import encode, length_mask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import Cache
+
+IGNORED_LABEL = -100
+# What transformers' Auto classes hand on; the checkpoint's own configuration is read instead.
+_AUTO_CLASS_ARGUMENTS = {"config", "trust_remote_code", "adapter_kwargs"}
+
+
+@dataclass
+class SpeechLLMOutput(CausalLMOutputWithPast):
+    """Causal LM output, with the CTC head's logits (B, F, V) and their lengths (B,) if any."""
+
+    ctc_logits: Tensor | None = None
+    frame_lens: Tensor | None = None
+
+
+@dataclass(slots=True)
+class EmbeddedAudio:
+    """Audio in the LLM's embedding space.
+
+    Attributes:
+        audio_embeds: (B, N, D_llm), right-padded.
+        audio_lens: (B,) valid embeddings.
+        ctc_logits: (B, F, V) of the CTC head, None without one.
+        frame_lens: (B,) valid encoder frames.
+    """
+
+    audio_embeds: Tensor
+    audio_lens: Tensor
+    ctc_logits: Tensor | None
+    frame_lens: Tensor
+
+
+class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Transcribe speech: audio embeddings stand in the LLM's prompt.
+
+    `input_ids` hold `config.audio_token_id` at the audio positions; `SpeechLLMProcessor` builds
+    them. Audio comes as `input_features`, as cached `encoder_frames`, or as `audio_embeds`.
+    """
+
+    config_class = SpeechLLMConfig
+    base_model_prefix = "speech_llm"
+    main_input_name = "input_ids"
+    input_modalities: ClassVar[tuple[str, ...]] = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: SpeechLLMConfig,
+        encoder: WhisperEncoder | None = None,
+        llm: PreTrainedModel | None = None,
+    ) -> None:
+        """Put the parts together; those not given are made with random weights."""
+        super().__init__(config)
+        self.encoder = encoder if encoder is not None else WhisperEncoder(config.encoder_config)
+        self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
+        d_encoder = config.encoder_config.d_model
+        d_llm = self.llm.get_input_embeddings().embedding_dim
+        self.connector = make_connector(config.connector, d_encoder, d_llm)
+        self.ctc_head: nn.Linear | None = None
+        if config.ctc != "none":
+            # One logit a row of the embedding table, so that posteriors can be multiplied with it.
+            n_rows = self.llm.get_input_embeddings().num_embeddings
+            self.ctc_head = nn.Linear(d_encoder, n_rows)
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Leave the parts alone: each was initialised, or loaded, on its own."""
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any  # noqa: ANN401
+    ) -> SpeechLLMForConditionalGeneration:
+        """Load a checkpoint folder or hub id; see `model.checkpoint.load_model`."""
+        from model.checkpoint import load_model  # noqa: PLC0415 - it imports this module
+
+        for name in _AUTO_CLASS_ARGUMENTS & kwargs.keys():
+            kwargs.pop(name)
+        return load_model(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Write the checkpoint folder; see `model.checkpoint.save_model`."""
+        from model.checkpoint import save_model  # noqa: PLC0415 - it imports this module
+
+        save_model(self, save_directory, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's token embedding."""
+        return self.llm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the LLM's token embedding."""
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LLM's output layer."""
+        return self.llm.get_output_embeddings()
+
+    def encode(self, input_features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the encoder: (B, M, T) log-mel -> (B, F, D_enc) frames and their lengths (B,)."""
+        features = input_features.to(self.encoder.conv1.weight.dtype)
+        return encode(self.encoder, features, feature_lens, self.config.encoder_mode)
+
+    def embed_audio(self, encoder_frames: Tensor, frame_lens: Tensor) -> EmbeddedAudio:
+        """Map encoder frames (B, F, D_enc) into the LLM's embedding space."""
+        encoder_frames = encoder_frames.to(self.connector.linear_in.weight.dtype)
+        audio_embeds, audio_lens = self.connector(encoder_frames, frame_lens)
+        ctc_logits = self.ctc_head(encoder_frames) if self.ctc_head is not None else None
+        if ctc_logits is not None and self.config.ctc == "fused":
+            audio_embeds = audio_embeds + self._expected_token_embeds(ctc_logits, frame_lens)
+        return EmbeddedAudio(audio_embeds, audio_lens, ctc_logits, frame_lens)
+
+    def _expected_token_embeds(self, ctc_logits: Tensor, frame_lens: Tensor) -> Tensor:
+        """Token embeddings expected under the CTC posteriors of each stack (B, N, D_llm).
+
+        The blank embeds to nothing, so a stack without a token adds nothing; a stack with more
+        than one token holds their mean. Source of the idea: LegoSLM, arXiv 2505.11352.
+        """
+        posteriors = ctc_logits.float().softmax(-1)
+        tokens = torch.arange(posteriors.shape[-1], device=posteriors.device)
+        posteriors = posteriors * (tokens != self.config.pad_token_id)
+        stack_size = self.connector.stack_size
+        stacked = stack_frames(posteriors, frame_lens, stack_size)  # (B, N, S*V)
+        stacked = stacked.unflatten(-1, (stack_size, -1)).sum(-2)  # (B, N, V)
+        mass = stacked.sum(-1, keepdim=True).clamp(min=1.0)
+        table = self.get_input_embeddings().weight
+        return (stacked / mass).to(table.dtype) @ table
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_lens: Tensor | None = None,
+        encoder_frames: Tensor | None = None,
+        frame_lens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> SpeechLLMOutput:
+        """Run the LLM over a sequence whose audio positions hold audio embeddings.
+
+        Args:
+            input_ids: (B, L), audio positions marked by `config.audio_token_id`.
+            attention_mask: (B, L), 1 on valid positions.
+            input_features: (B, M, T) log-mel, with `feature_lens` (B,).
+            feature_lens: valid mel frames.
+            encoder_frames: (B, F, D_enc) from a cache, in place of `input_features`.
+            frame_lens: (B,) valid encoder frames.
+            position_ids: (B, L).
+            past_key_values: the LLM's cache.
+            inputs_embeds: (B, L, D_llm) in place of everything above.
+            labels: (B, L), -100 where no loss is taken.
+            use_cache: whether to return the cache.
+            logits_to_keep: as in transformers.
+            **kwargs: passed to the LLM.
+
+        Returns:
+            Loss (the mean over labelled positions), logits, cache, CTC logits.
+
+        Raises:
+            ValueError: audio positions and audio embeddings differ in number.
+        """
+        audio = None
+        if input_features is not None:
+            encoder_frames, frame_lens = self.encode(input_features, feature_lens)
+        if encoder_frames is not None:
+            audio = self.embed_audio(encoder_frames, frame_lens)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if audio is not None:
+                inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio)
+        outputs = self.llm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(
+                outputs.logits[:, :-1].float().flatten(0, 1),
+                labels[:, 1:].flatten(),
+                ignore_index=IGNORED_LABEL,
+            )
+        return SpeechLLMOutput(
+            loss=loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            ctc_logits=audio.ctc_logits if audio is not None else None,
+            frame_lens=audio.frame_lens if audio is not None else None,
+        )
+
+    def _insert_audio(self, input_ids: Tensor, inputs_embeds: Tensor, audio: EmbeddedAudio) -> Tensor:
+        positions = input_ids == self.config.audio_token_id
+        wanted, given = positions.sum(1), audio.audio_lens.to(positions.device)
+        if not torch.equal(wanted, given):
+            raise ValueError(
+                f"input_ids have {wanted.tolist()} audio positions, but the audio makes "
+                f"{given.tolist()} embeddings"
+            )
+        valid = length_mask(given, audio.audio_embeds.shape[1])
+        packed = audio.audio_embeds[valid].to(inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(positions[..., None], packed)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any  # noqa: ANN401
+    ) -> dict[str, Any]:
+        """Give the audio to the first step only; later ones read it from the cache."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("input_features", "feature_lens", "encoder_frames", "frame_lens"):
+                inputs.pop(name, None)
+        return inputs
+
+
+AutoConfig.register("speech_llm", SpeechLLMConfig, exist_ok=True)
+AutoModel.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration, exist_ok=True)
+AutoModelForSpeechSeq2Seq.register(
+    SpeechLLMConfig, SpeechLLMForConditionalGeneration, exist_ok=True
+)

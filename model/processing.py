@@ -1,0 +1,252 @@
+"""From audio and text to the LLM's token sequence: the one place that builds it.
+
+The sequence is `[chat prefix | audio | chat suffix | target | EOS]`. Its parts are tokenised
+separately, so that no merge crosses a boundary, and text from outside (prompt, target) never
+yields special tokens.
+
+Axis legend: B clips, L sequence positions, N audio embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+from model.configuration import DEFAULT_PROMPT, SpeechLLMConfig
+from model.connectors import output_lens
+from model.encoder import encoder_frame_lens
+from model.log_mel import SAMPLE_RATE_HZ, log_mel_spectrogram, pad_waveforms
+from model.modeling import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
+
+# Private-use characters: no tokenizer's template writes them, so they cut it cleanly.
+_AUDIO_MARK = "\ue000"
+_PROMPT_MARK = "\ue001"
+_PLAIN_TEMPLATE = f"{_AUDIO_MARK}{_PROMPT_MARK}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptIds:
+    """Token ids around the audio."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+class SpeechLLMProcessor(ProcessorMixin):
+    """Turn audio (and, for training, transcripts) into a speech LLM's inputs."""
+
+    def __init__(
+        self,
+        feature_extractor: WhisperFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        connector: dict[str, Any] | None = None,
+        encoder_mode: str = "padded",
+        prompt: str = DEFAULT_PROMPT,
+        audio_token: str = "<|audio|>",  # noqa: S107 - a vocabulary entry
+        chat_template: str | None = None,
+    ) -> None:
+        """Check that the tokenizer fits.
+
+        Args:
+            feature_extractor: names the encoder's mel bins.
+            tokenizer: the LLM's.
+            connector: the model's `config.connector`; it says how many positions a clip takes.
+            encoder_mode: the model's `config.encoder_mode`.
+            prompt: what the user turn asks after the audio.
+            audio_token: vocabulary entry that marks audio positions.
+            chat_template: unused; the tokenizer's own is applied.
+
+        Raises:
+            ValueError: the tokenizer has no EOS, no pad token that differs from EOS, or no
+                `audio_token`.
+        """
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.connector = SpeechLLMConfig(connector=connector).connector
+        self.encoder_mode = encoder_mode
+        self.prompt = prompt
+        self.audio_token = audio_token
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token")
+        if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise ValueError(
+                f"the tokenizer's pad token ({tokenizer.pad_token!r}) must exist and differ from "
+                f"its EOS token ({tokenizer.eos_token!r}), else EOS is never learnt"
+            )
+        if audio_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"the tokenizer has no entry {audio_token!r} for audio positions; add it, or "
+                "name a special token that no text uses as audio_token"
+            )
+
+    @property
+    def audio_token_id(self) -> int:
+        """Id that marks audio positions in `input_ids`."""
+        return int(self.tokenizer.get_vocab()[self.audio_token])
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text from outside: what looks like a special token is plain text."""
+        encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoding.input_ids)
+
+    def prompt_ids(self, prompt: str | None = None) -> PromptIds:
+        """Tokenise what stands before and after the audio; `prompt` defaults to the model's."""
+        template = _PLAIN_TEMPLATE
+        if self.tokenizer.chat_template is not None:
+            turn = {"role": "user", "content": f"{_AUDIO_MARK}{_PROMPT_MARK}"}
+            template = self.tokenizer.apply_chat_template(
+                [turn], tokenize=False, add_generation_prompt=True
+            )
+        before, _, rest = template.partition(_AUDIO_MARK)
+        between, mark, after = rest.partition(_PROMPT_MARK)
+        if not mark:
+            raise ValueError("the tokenizer's chat template drops or reorders the user's turn")
+        question = self.text_ids(self.prompt if prompt is None else prompt)
+        return PromptIds(
+            prefix=self._template_ids(before),
+            suffix=self._template_ids(between) + question + self._template_ids(after),
+        )
+
+    def _template_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+    def audio_lens(self, feature_lens: Tensor) -> Tensor:
+        """Audio positions for clips of `feature_lens` mel frames (B,)."""
+        return self.audio_lens_of_frames(encoder_frame_lens(feature_lens))
+
+    def audio_lens_of_frames(self, frame_lens: Tensor) -> Tensor:
+        """Audio positions for clips of `frame_lens` encoder frames (B,)."""
+        return output_lens(self.connector, frame_lens)
+
+    def features(
+        self, waveforms: Sequence[np.ndarray], device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Compute log-mel features on `device`.
+
+        Args:
+            waveforms: mono float32 clips, 16 kHz, each (N_i,), at most 30 s.
+            device: where to compute.
+
+        Returns:
+            (B, M, T) float32 and valid mel frames (B,).
+
+        Raises:
+            ValueError: an empty, multi-channel or too long clip.
+        """
+        batch, sample_lens = pad_waveforms(waveforms)
+        return log_mel_spectrogram(
+            batch.to(device),
+            sample_lens.to(device),
+            self.feature_extractor.feature_size,
+            full_window=self.encoder_mode == "padded",
+        )
+
+    def sequences(
+        self,
+        audio_lens: Sequence[int],
+        targets: Sequence[Sequence[int]] | None = None,
+        prompts: Sequence[str | None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Build `[prefix | audio | suffix | target | EOS]` for a batch.
+
+        Args:
+            audio_lens: audio positions of each clip.
+            targets: token ids of each transcript, for training; None to generate.
+            prompts: a prompt for each clip in place of the model's own.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, L); padded on the left to generate and on the
+            right to train; with targets also `labels` (B, L), -100 outside target and EOS.
+        """
+        rows, labels = [], []
+        around = {prompt: self.prompt_ids(prompt) for prompt in set(prompts or [None])}
+        for index, length in enumerate(audio_lens):
+            ids = around[prompts[index] if prompts else None]
+            row = [*ids.prefix, *[self.audio_token_id] * int(length), *ids.suffix]
+            answer: list[int] = []
+            if targets is not None:
+                answer = [*targets[index], int(self.tokenizer.eos_token_id)]
+            rows.append(row + answer)
+            labels.append([IGNORED_LABEL] * len(row) + answer)
+        on_left = targets is None
+        batch = {
+            "input_ids": _pad(rows, int(self.tokenizer.pad_token_id), on_left=on_left),
+            "attention_mask": _pad([[1] * len(row) for row in rows], 0, on_left=on_left),
+        }
+        if targets is not None:
+            batch["labels"] = _pad(labels, IGNORED_LABEL, on_left=on_left)
+        return batch
+
+    def __call__(  # type: ignore[override]
+        self,
+        audio: np.ndarray | Sequence[np.ndarray],
+        text: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str | None] | None = None,
+        sampling_rate: int = SAMPLE_RATE_HZ,
+        device: torch.device | str = "cpu",
+    ) -> BatchFeature:
+        """Prepare clips for `generate`, or with transcripts for training.
+
+        Args:
+            audio: one or more mono float32 clips at 16 kHz.
+            text: transcripts, one a clip.
+            prompt: replaces the model's prompt, for all clips or one each.
+            sampling_rate: of `audio`, Hz; other rates are refused, not resampled.
+            device: where the features are computed and the batch is placed.
+
+        Returns:
+            `input_features`, `feature_lens`, `input_ids`, `attention_mask` and, with `text`,
+            `labels`.
+
+        Raises:
+            ValueError: another sampling rate, or numbers of clips and texts that differ.
+        """
+        if sampling_rate != SAMPLE_RATE_HZ:
+            raise ValueError(f"audio must be sampled at {SAMPLE_RATE_HZ} Hz, got {sampling_rate}")
+        clips = [audio] if not isinstance(audio, (list, tuple)) else list(audio)
+        texts = [text] if isinstance(text, str) else text
+        prompts = [prompt] * len(clips) if isinstance(prompt, str) or prompt is None else prompt
+        if (texts is not None and len(texts) != len(clips)) or len(prompts) != len(clips):
+            raise ValueError(f"{len(clips)} clips need as many texts and prompts")
+        input_features, feature_lens = self.features(clips, device)
+        targets = [self.text_ids(item) for item in texts] if texts is not None else None
+        batch = self.sequences(self.audio_lens(feature_lens).tolist(), targets, prompts)
+        return BatchFeature(
+            {
+                "input_features": input_features,
+                "feature_lens": feature_lens,
+                **{name: tensor.to(device) for name, tensor in batch.items()},
+            }
+        )
+
+    def decode_transcript(self, token_ids: Sequence[int]) -> str:
+        """Text of generated ids: special tokens dropped, surrounding space stripped."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return str(text).strip()
+
+
+def token_budget(config: SpeechLLMConfig, duration_s: float) -> int:
+    """Most tokens that a clip of `duration_s` seconds may generate."""
+    return config.min_token_budget + math.ceil(config.max_tokens_per_audio_s * duration_s)
+
+
+def _pad(rows: list[list[int]], value: int, *, on_left: bool) -> Tensor:
+    size = max(len(row) for row in rows)
+    padded = [
+        [value] * (size - len(row)) + row if on_left else row + [value] * (size - len(row))
+        for row in rows
+    ]
+    return torch.tensor(padded)
+
+
+AutoProcessor.register(SpeechLLMConfig, SpeechLLMProcessor, exist_ok=True)

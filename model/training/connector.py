@@ -1,0 +1,339 @@
+"""Stage 3: train the connector, and if wanted the encoder, the LLM or a LoRA adapter on it.
+
+Axis legend: B clips, F encoder frames, D encoder width, L sequence positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import jiwer
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from model.ctc import ctc_greedy, ctc_loss
+from model.data.augmentation import (
+    FeatureAugmentConfig,
+    SpecAugmentConfig,
+    feature_augment,
+    plan_concatenation,
+    spec_augment,
+)
+from model.data.sampler import DurationBucketSampler
+from model.log_mel import log_mel_spectrogram
+from model.training.speech_data import SpeechData, SpeechDataConfig, pad_targets
+from model.transcription import Transcriber
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from model.data.manifest import Utterance
+    from model.modeling import SpeechLLMForConditionalGeneration
+    from model.processing import SpeechLLMProcessor
+    from model.training.feature_cache import CachedClip, FeatureCache
+    from model.training.loop import EpochBatches
+
+FRAMES_PER_S = 50
+
+
+class LoraSettings(BaseModel):
+    """A peft adapter on the LLM. Defaults: SLAM-ASR's (r 8, alpha 32, on q and v)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: int = Field(8, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "v_proj")
+
+
+class ConnectorStageConfig(BaseModel):
+    """What is trained, on which losses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    train_encoder: bool = False
+    train_llm: bool = False
+    lora: LoraSettings | None = None
+    encoder_lr_scale: float = Field(0.2, gt=0)
+    llm_lr_scale: float = Field(0.5, gt=0)
+    ctc_weight: float = Field(0.2, ge=0, description="weight of the auxiliary CTC loss")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    feature_augment: bool = True
+    spec_augment: bool = True
+    stored_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    data: SpeechDataConfig = SpeechDataConfig()
+
+
+class CachedBatches:
+    """One epoch of cached encoder frames; see `model.training.loop.EpochBatches`."""
+
+    def __init__(
+        self,
+        clips: Sequence[tuple[FeatureCache, CachedClip]],
+        groups: Sequence[list[int]],
+        batches: list[list[int]],
+        gap_seed: tuple[int, int],
+        joiner: list[int],
+    ) -> None:
+        self._clips = clips
+        self._groups = groups
+        self._batches = batches
+        self._gap_seed = gap_seed
+        self._joiner = joiner
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def iterate(self, start: int) -> Iterator[dict[str, Any]]:
+        """Yield batches from index `start` on."""
+        for batch in self._batches[start:]:
+            items = [self._join(self._groups[index]) for index in batch]
+            frames = [item[0].float() for item in items]
+            frame_lens = torch.tensor([len(item) for item in frames])
+            yield {
+                "encoder_frames": pad_sequence(frames, batch_first=True),
+                "frame_lens": frame_lens,
+                "target_ids": [item[1] for item in items],
+                "audio_s": float(frame_lens.sum()) / FRAMES_PER_S,
+            }
+
+    def _join(self, group: list[int]) -> tuple[Tensor, list[int]]:
+        parts, tokens = [], []
+        for index in group:
+            cache, clip = self._clips[index]
+            frames, ids = cache[clip]
+            parts.append(frames)
+            if ids:
+                tokens += ([*self._joiner] if tokens else []) + ids
+        return torch.cat(parts), tokens
+
+
+class CachedData:
+    """Plans epochs over feature caches."""
+
+    def __init__(
+        self,
+        clips: Sequence[tuple[FeatureCache, CachedClip]],
+        config: SpeechDataConfig,
+        seed: int,
+        joiner: list[int],
+    ) -> None:
+        self._clips = clips
+        self._config = config
+        self._seed = seed
+        self._joiner = joiner
+
+    def epoch(self, epoch: int, rank: int = 0, world_size: int = 1) -> CachedBatches:
+        """Plan one epoch for one rank."""
+        durations = [clip.n_frames / FRAMES_PER_S for _, clip in self._clips]
+        groups = [[index] for index in range(len(durations))]
+        if self._config.concatenation:
+            groups = plan_concatenation(
+                durations,
+                [clip.language or "" for _, clip in self._clips],
+                probability=self._config.concatenation,
+                max_duration_s=self._config.max_concatenated_s,
+                rng=np.random.default_rng((self._seed, epoch)),
+            )
+        sampler = DurationBucketSampler(
+            [sum(durations[i] for i in group) for group in groups],
+            max_batch_audio_s=self._config.max_batch_audio_s,
+            seed=self._seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        sampler.set_epoch(epoch)
+        return CachedBatches(
+            self._clips, groups, list(sampler), (self._seed, epoch), self._joiner
+        )
+
+
+class ConnectorObjective(nn.Module):
+    """Cross-entropy of target and EOS under the LLM, plus CTC on the auxiliary head."""
+
+    def __init__(
+        self,
+        model: SpeechLLMForConditionalGeneration,
+        processor: SpeechLLMProcessor,
+        config: ConnectorStageConfig,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.config = config
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Compute the losses of a batch of waveforms or of cached encoder frames."""
+        frames, frame_lens = self._frames(batch)
+        targets: list[list[int]] = batch["target_ids"]
+        audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
+        sequence = {
+            name: tensor.to(frames.device)
+            for name, tensor in self.processor.sequences(audio_lens, targets).items()
+        }
+        output = self.model(
+            **sequence, encoder_frames=frames, frame_lens=frame_lens, use_cache=False
+        )
+        if self.model.ctc_head is None or self.config.ctc_weight == 0:
+            return {"loss": output.loss}
+        padded = pad_targets(targets, self.model.config.pad_token_id).to(frames.device)
+        target_lens = torch.tensor([len(ids) for ids in targets], device=frames.device)
+        auxiliary = ctc_loss(
+            output.ctc_logits, frame_lens, padded, target_lens, self.model.config.pad_token_id
+        )
+        return {
+            "loss": output.loss + self.config.ctc_weight * auxiliary,
+            "llm_loss": output.loss,
+            "ctc_loss": auxiliary,
+        }
+
+    def _frames(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        device = self.model.device
+        if "encoder_frames" in batch:
+            frames = batch["encoder_frames"].to(device)
+            frame_lens = batch["frame_lens"].to(device)
+            if self.training and self.config.feature_augment:
+                frames = feature_augment(frames, frame_lens, FeatureAugmentConfig())
+            return frames, frame_lens
+        with torch.autocast(device.type, enabled=False):
+            features, feature_lens = log_mel_spectrogram(
+                batch["waveforms"].to(device),
+                batch["sample_lens"].to(device),
+                self.model.config.encoder_config.num_mel_bins,
+                full_window=self.model.config.encoder_mode == "padded",
+            )
+        if self.training and self.config.spec_augment:
+            features = spec_augment(features, feature_lens, SpecAugmentConfig())
+        with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
+            return self.model.encode(features, feature_lens)
+
+
+def add_lora(model: SpeechLLMForConditionalGeneration, settings: LoraSettings) -> None:
+    """Put a fresh adapter on the LLM and freeze the rest of it."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - a heavy import for one option
+
+    targets = settings.target_modules
+    model.llm = get_peft_model(
+        model.llm,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        ),
+    )
+    model.config.lora = "lora"
+
+
+class ConnectorStage:
+    """`speechllm train connector`: see `model.training.loop.Stage`."""
+
+    def __init__(
+        self,
+        model: SpeechLLMForConditionalGeneration,
+        processor: SpeechLLMProcessor,
+        config: ConnectorStageConfig,
+        train: Sequence[Utterance] | Sequence[tuple[FeatureCache, CachedClip]],
+        dev: Sequence[Utterance],
+        seed: int,
+    ) -> None:
+        """Freeze what is not trained and plan the data.
+
+        Args:
+            model: assembled or loaded, in fp32.
+            processor: the model's.
+            config: what is trained.
+            train: utterances to encode on the way, or clips of feature caches.
+            dev: utterances for validation.
+            seed: of everything random.
+
+        Raises:
+            ValueError: `train_encoder` with cached features, or `lora` with `train_llm`.
+        """
+        cached = bool(train) and isinstance(train[0], tuple)
+        if cached and config.train_encoder:
+            raise ValueError("the encoder cannot be trained from cached encoder outputs")
+        if config.lora is not None and config.train_llm:
+            raise ValueError("lora and train_llm exclude each other")
+        self.model = model
+        self.processor = processor
+        self.config = config
+        model.llm.requires_grad_(config.train_llm)
+        if config.lora is not None:
+            add_lora(model, config.lora)
+        model.encoder.requires_grad_(config.train_encoder)
+        self._module = ConnectorObjective(model, processor, config)
+        self._train = (
+            CachedData(train, config.data, seed, processor.text_ids(" "))  # type: ignore[arg-type]
+            if cached
+            else SpeechData(train, config.data, processor.text_ids, seed)  # type: ignore[arg-type]
+        )
+        self._dev_utterances = dev
+        plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
+        self._dev = SpeechData(dev, plain, processor.text_ids, seed) if dev else None
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective over the speech LLM."""
+        return self._module
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Connector at the base rate; encoder and LLM at their own."""
+        model = self.model
+        new = [*model.connector.parameters()]
+        if model.ctc_head is not None:
+            new += [*model.ctc_head.parameters()]
+        groups: list[dict[str, Any]] = [{"params": new}]
+        for part, scale in (
+            (model.encoder, self.config.encoder_lr_scale),
+            (model.llm, 1.0 if self.config.lora else self.config.llm_lr_scale),
+        ):
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            if parameters:
+                groups.append({"params": parameters, "lr_scale": scale})
+        return groups
+
+    def epoch(self, epoch: int, rank: int, world_size: int) -> EpochBatches:
+        """Plan one epoch."""
+        return self._train.epoch(epoch, rank, world_size)
+
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        """Mean losses and word error rates (of the LLM, of the CTC head) on the dev manifest."""
+        if self._dev is None:
+            return {}
+        sums: dict[str, float] = {}
+        references: list[str] = []
+        hypotheses: dict[str, list[str]] = {"wer": [], "ctc_wer": []}
+        transcriber = Transcriber(self.model, self.processor)
+        batches = self._dev.epoch(0)
+        for batch in batches.iterate(0):
+            for name, value in module(batch).items():
+                sums[name] = sums.get(name, 0.0) + float(value) / len(batches)
+            clips = [
+                waveform[:length].numpy()
+                for waveform, length in zip(batch["waveforms"], batch["sample_lens"], strict=True)
+            ]
+            answers = transcriber.transcribe(clips, with_ctc=True).transcripts
+            references += batch["texts"]
+            hypotheses["wer"] += [answer.text for answer in answers]
+            hypotheses["ctc_wer"] += [answer.ctc_text or "" for answer in answers]
+        for name, texts in hypotheses.items():
+            pairs = [(r, h) for r, h in zip(references, texts, strict=True) if r.strip()]
+            if pairs and (name == "wer" or self.model.ctc_head is not None):
+                sums[name] = float(jiwer.wer([r for r, _ in pairs], [h for _, h in pairs]))
+        return sums
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint folder."""
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        from model.checkpoint import save_model  # noqa: PLC0415 - keeps the import graph flat
+
+        save_model(
+            self.model, folder, processor=self.processor, dtype=dtypes[self.config.stored_dtype]
+        )

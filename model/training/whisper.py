@@ -1,0 +1,279 @@
+"""Stage 1: fine-tune a Whisper encoder-decoder; also the baseline that a speech LLM must beat.
+
+Axis legend: B clips, L decoder tokens, F encoder frames, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jiwer
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
+from transformers import WhisperForConditionalGeneration as Whisper
+
+from model.ctc import ctc_greedy, ctc_loss
+from model.data.augmentation import SpecAugmentConfig, spec_augment
+from model.encoder import EncoderMode, encode, length_mask
+from model.log_mel import log_mel_spectrogram
+from model.training.speech_data import SpeechBatches, SpeechData, SpeechDataConfig, pad_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from model.data.manifest import Utterance
+
+IGNORED = -100
+_TOKEN_EMBEDDING = {"model.decoder.embed_tokens.weight", "proj_out.weight"}
+
+
+class WhisperStageConfig(BaseModel):
+    """What is fine-tuned and with which losses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    whisper: str = Field(description="folder or hub id of a Whisper encoder-decoder")
+    tokenizer: str | None = Field(
+        None, description="folder of a tokenizer that replaces the decoder's vocabulary"
+    )
+    init: Literal["pretrained", "random"] = "pretrained"
+    encoder_mode: EncoderMode = "padded"
+    ctc_weight: float = Field(0.0, ge=0, lt=1, description="share of an auxiliary CTC loss")
+    new_parameters_lr_scale: float = Field(5.0, gt=0, description="for embeddings made anew")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    spec_augment: bool = False
+    data: SpeechDataConfig = SpeechDataConfig()
+
+
+def load_whisper(config: WhisperStageConfig) -> tuple[Whisper, PreTrainedTokenizerBase]:
+    """Load the Whisper to fine-tune, with a new token embedding if its tokenizer is replaced.
+
+    Raises:
+        ValueError: a tensor other than a replaced token embedding is missing or does not fit.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.whisper)
+    whisper_config = WhisperConfig.from_pretrained(config.whisper)
+    whisper_config.dropout = config.dropout
+    whisper_config.apply_spec_augment = False
+    if config.tokenizer is not None:
+        whisper_config.vocab_size = len(tokenizer)
+        whisper_config.pad_token_id = tokenizer.pad_token_id
+        whisper_config.bos_token_id = tokenizer.eos_token_id
+        whisper_config.eos_token_id = tokenizer.eos_token_id
+        whisper_config.decoder_start_token_id = _start_id(tokenizer)
+    if config.init == "random":
+        return Whisper(whisper_config), tokenizer
+    whisper, info = Whisper.from_pretrained(
+        config.whisper,
+        config=whisper_config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    unfit = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    replaceable = _TOKEN_EMBEDDING if config.tokenizer is not None else set()
+    if unfit - replaceable:
+        advice = "; a tokenizer of your own replaces it" if unfit <= _TOKEN_EMBEDDING else ""
+        raise ValueError(
+            f"{config.whisper} lacks or misfits {', '.join(sorted(unfit - replaceable))}{advice}"
+        )
+    return whisper, tokenizer
+
+
+def _start_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    return int(start if isinstance(start, int) else tokenizer.eos_token_id)
+
+
+def decoder_prefix(tokenizer: PreTrainedTokenizerBase, start_id: int, language: str | None) -> list[int]:
+    """Tokens the decoder is given before the transcript.
+
+    Whisper's own multilingual tokenizers want a language and a task; others only a start token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    wanted = ["<|startoftranscript|>"]
+    if language is not None and f"<|{language}|>" in vocabulary:
+        wanted += [f"<|{language}|>", "<|transcribe|>"]
+    wanted.append("<|notimestamps|>")
+    if not all(token in vocabulary for token in wanted):
+        return [start_id]
+    return [vocabulary[token] for token in wanted]
+
+
+@contextmanager
+def masked_cross_attention(whisper: Whisper, frame_mask: Tensor) -> Iterator[None]:
+    """Hide padded encoder frames (mask (B, F) bool) from the decoder.
+
+    transformers' Whisper always attends a full 30 s window, so that its decoder takes no mask.
+    """
+    mask = frame_mask[:, None, None, :]
+
+    def add_mask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        return args, {**kwargs, "attention_mask": mask}
+
+    handles = [
+        layer.encoder_attn.register_forward_pre_hook(add_mask, with_kwargs=True)
+        for layer in whisper.model.decoder.layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class WhisperObjective(nn.Module):
+    """Cross-entropy of the decoder, interpolated with CTC on the encoder if wanted."""
+
+    def __init__(self, whisper: Whisper, config: WhisperStageConfig, prefix: list[int], eos_id: int):
+        super().__init__()
+        self.whisper = whisper
+        self.config = config
+        self.prefix = prefix
+        self.eos_id = eos_id
+        self.pad_id = int(whisper.config.pad_token_id)
+        width = whisper.config.d_model
+        self.ctc_head = nn.Linear(width, whisper.config.vocab_size) if config.ctc_weight else None
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Compute the losses of one batch of `SpeechBatches`."""
+        frames, frame_lens = self.encode(batch["waveforms"], batch["sample_lens"])
+        decoder_loss = self._decoder_loss(frames, frame_lens, batch["target_ids"])
+        if self.ctc_head is None:
+            return {"loss": decoder_loss}
+        targets = pad_targets(batch["target_ids"], self.pad_id).to(frames.device)
+        target_lens = torch.tensor([len(ids) for ids in batch["target_ids"]], device=frames.device)
+        auxiliary = ctc_loss(self.ctc_head(frames), frame_lens, targets, target_lens, self.pad_id)
+        weight = self.config.ctc_weight
+        return {
+            "loss": (1 - weight) * decoder_loss + weight * auxiliary,
+            "decoder_loss": decoder_loss,
+            "ctc_loss": auxiliary,
+        }
+
+    def encode(self, waveforms: Tensor, sample_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder frames (B, F, D) and their lengths (B,)."""
+        device = self.whisper.device
+        mode = self.config.encoder_mode
+        with torch.autocast(device.type, enabled=False):
+            features, feature_lens = log_mel_spectrogram(
+                waveforms.to(device),
+                sample_lens.to(device),
+                self.whisper.config.num_mel_bins,
+                full_window=mode == "padded",
+            )
+        if self.training and self.config.spec_augment:
+            features = spec_augment(features, feature_lens, SpecAugmentConfig())
+        return encode(self.whisper.model.encoder, features, feature_lens, mode)
+
+    def _decoder_loss(self, frames: Tensor, frame_lens: Tensor, targets: list[list[int]]) -> Tensor:
+        skipped = len(self.prefix) - 1
+        inputs = pad_targets([self.prefix + ids for ids in targets], self.pad_id)
+        labels = pad_targets(
+            [[IGNORED] * skipped + ids + [self.eos_id] for ids in targets], IGNORED
+        )
+        mask = length_mask(frame_lens, frames.shape[1])
+        with masked_cross_attention(self.whisper, mask):
+            hidden = self.whisper.model.decoder(
+                input_ids=inputs.to(frames.device), encoder_hidden_states=frames, use_cache=False
+            ).last_hidden_state
+        logits = self.whisper.proj_out(hidden)
+        return functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            labels.to(frames.device).flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+        )
+
+
+class WhisperStage:
+    """`speechllm train whisper`: see `model.training.loop.Stage`."""
+
+    def __init__(
+        self,
+        config: WhisperStageConfig,
+        train: Sequence[Utterance],
+        dev: Sequence[Utterance],
+        language: str | None,
+        seed: int,
+    ) -> None:
+        self.config = config
+        self.whisper, self.tokenizer = load_whisper(config)
+        # The sinusoids adapt too: in trimmed mode most clips use only the first positions.
+        self.whisper.model.encoder.embed_positions.requires_grad_(True)
+        start_id = int(self.whisper.config.decoder_start_token_id)
+        self._module = WhisperObjective(
+            self.whisper,
+            config,
+            decoder_prefix(self.tokenizer, start_id, language),
+            int(self.tokenizer.eos_token_id),
+        )
+        self._train = SpeechData(train, config.data, self._tokenise, seed)
+        plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
+        self._dev = SpeechData(dev, plain, self._tokenise, seed) if dev else None
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective over Whisper."""
+        return self._module
+
+    def _tokenise(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Pretrained tensors at the base rate, those made anew at a higher one."""
+        anew = [] if self._module.ctc_head is None else list(self._module.ctc_head.parameters())
+        if self.config.tokenizer is not None:
+            anew.append(self.whisper.model.decoder.embed_tokens.weight)
+        known = {id(parameter) for parameter in anew}
+        body = [p for p in self._module.parameters() if p.requires_grad and id(p) not in known]
+        groups: list[dict[str, Any]] = [{"params": body}]
+        if anew:
+            groups.append({"params": anew, "lr_scale": self.config.new_parameters_lr_scale})
+        return groups
+
+    def epoch(self, epoch: int, rank: int, world_size: int) -> SpeechBatches:
+        """Plan one epoch."""
+        return self._train.epoch(epoch, rank, world_size)
+
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        """Mean losses on the dev manifest, and the CTC head's word error rate."""
+        if self._dev is None:
+            return {}
+        assert isinstance(module, WhisperObjective)  # noqa: S101 - narrows the loop's type
+        sums: dict[str, float] = {}
+        references: list[str] = []
+        hypotheses: list[str] = []
+        batches = self._dev.epoch(0)
+        for batch in batches.iterate(0):
+            for name, value in module(batch).items():
+                sums[name] = sums.get(name, 0.0) + float(value) / len(batches)
+            if module.ctc_head is not None:
+                frames, frame_lens = module.encode(batch["waveforms"], batch["sample_lens"])
+                paths = ctc_greedy(module.ctc_head(frames), frame_lens, module.pad_id)
+                references += batch["texts"]
+                hypotheses += self.tokenizer.batch_decode(paths)
+        spoken = [(r, h) for r, h in zip(references, hypotheses, strict=True) if r.strip()]
+        if spoken:
+            sums["ctc_wer"] = float(jiwer.wer([r for r, _ in spoken], [h for _, h in spoken]))
+        return sums
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face Whisper folder, and the CTC head beside it."""
+        self.whisper.config.encoder_mode = self.config.encoder_mode
+        self.whisper.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=self.whisper.config.num_mel_bins).save_pretrained(folder)
+        if self._module.ctc_head is not None:
+            state = {k: v.detach().cpu() for k, v in self._module.ctc_head.state_dict().items()}
+            save_file(state, folder / "ctc_head.safetensors")
