@@ -1,8 +1,11 @@
 """What holds for the whole repository: pinned installs, its size, safe weights, container files."""
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -58,6 +61,17 @@ def declared_dependencies(project: dict) -> list[Requirement]:
     return [Requirement(line) for group in groups for line in group]
 
 
+def imported_modules(path: Path) -> set[str]:
+    """Top-level names of every module that a source file imports, at any depth of it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
 def test_every_constraint_is_one_exact_public_version(constraints):
     for pin in constraints.values():
         (specifier,) = pin.specifier
@@ -72,6 +86,16 @@ def test_every_declared_dependency_is_pinned_within_its_bounds(project, constrai
         assert pin is not None, f"{dependency.name} is missing from constraints.txt"
         (specifier,) = pin.specifier
         assert dependency.specifier.contains(specifier.version), f"{pin} is outside {dependency}"
+
+
+@pytest.mark.parametrize("package", ["model", "server"])
+def test_every_imported_distribution_is_declared(package, project):
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    providers = packages_distributions()
+    for path in (ROOT / package).rglob("*.py"):
+        for module in imported_modules(path) - sys.stdlib_module_names - {"model", "server"}:
+            names = {canonicalize_name(name) for name in providers.get(module, [])}
+            assert names & declared, f"{path.relative_to(ROOT)} imports {module}"
 
 
 @pytest.mark.parametrize("name", ["Makefile", "Dockerfile", "README.md", "CONTRIBUTING.md"])
