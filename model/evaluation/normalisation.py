@@ -64,4 +64,4 @@ def _english_normaliser() -> EnglishTextNormalizer:
     mapping: dict[str, str] = json.loads(table.read_text(encoding="utf-8"))
     # The first published table has a slip here, "archeology</span>", and so has this copy of it.
     mapping["archaeology"] = "archeology"
-    return EnglishTextNormalizer(mapping)  # type: ignore[no-untyped-call]
+    return EnglishTextNormalizer(mapping)
