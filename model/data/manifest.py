@@ -11,11 +11,11 @@ import json
 import math
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 
 class ManifestError(ValueError):
@@ -75,7 +75,7 @@ def read_manifest(path: Path, audio_root: Path | None = None) -> list[Utterance]
     for number, candidate in _read_lines(path, audio_root):
         if candidate.duration is None:
             raise ManifestError(
-                f"{path}, line {number}: duration is missing (`speechllm data manifest` measures it)"
+                f"{path}, line {number}: duration is missing; `speechllm data manifest` measures it"
             )
         first = lines_of_ids.setdefault(candidate.id, number)
         if first != number:

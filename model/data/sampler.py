@@ -29,11 +29,12 @@ class DurationBucketSampler:
     batches come a second time.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a batch sampler's whole input
         self,
         durations_s: Sequence[float] | NDArray[np.floating],
         max_batch_audio_s: float,
         seed: int,
+        *,
         shuffle: bool = True,
         world_size: int = 1,
         rank: int = 0,
