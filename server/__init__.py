@@ -1,1 +1,1 @@
-"""The HTTP service and the command line."""
+"""The HTTP service: speech in, text out."""

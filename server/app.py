@@ -1,0 +1,84 @@
+"""The application factory."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from server.api import health, transcribe
+from server.api.errors import install_error_handlers
+from server.api.middleware import RequestMiddleware
+from server.engine.batching import BatchingEngine
+from server.engine.scheduler import BatchLimits
+from server.metrics import Metrics
+from server.runtime import Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from server.engine.interface import Backend, Engine
+    from server.settings import Settings
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine | None = None,
+    *,
+    on_failure: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """Build the server's application; its lifespan loads, warms up and drains.
+
+    Args:
+        settings: the server's options.
+        engine: used in place of the one that the settings describe.
+        on_failure: called when the model cannot be loaded, to end the process.
+    """
+    metrics = Metrics()
+    if engine is None:
+        engine = build_engine(settings, metrics)
+    runtime = Runtime(settings, engine, metrics, on_failure=on_failure)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        runtime.start()
+        try:
+            yield
+        finally:
+            await runtime.stop()
+
+    app = FastAPI(
+        title="speechllm",
+        description="Speech to text with a speech LLM.",
+        lifespan=lifespan,
+    )
+    app.state.runtime = runtime
+    app.add_middleware(RequestMiddleware)
+    install_error_handlers(app)
+    app.include_router(transcribe.router)
+    app.include_router(health.router)
+    return app
+
+
+def build_engine(settings: Settings, metrics: Metrics) -> BatchingEngine:
+    """Make the engine that the settings describe, not started."""
+    limits = BatchLimits(
+        max_batch_size=settings.max_batch_size,
+        max_batch_audio_s=settings.max_batch_audio_s,
+        max_wait_s=settings.max_wait_ms / 1000,
+    )
+    return BatchingEngine(
+        partial(_load_backend, settings),
+        limits,
+        max_queue_size=settings.max_queue_size,
+        on_batch=metrics.batch_ran,
+    )
+
+
+def _load_backend(settings: Settings) -> Backend:
+    # Importing torch takes seconds; in the device's thread it delays no health check.
+    from server.engine.backend import TranscriberBackend  # noqa: PLC0415
+
+    return TranscriberBackend.load(settings.model, settings.device, settings.dtype)

@@ -1,0 +1,1 @@
+"""From uploaded bytes to a waveform, in processes of their own."""

@@ -1,0 +1,314 @@
+"""What a container's header says of the audio in it, without decoding any.
+
+Cheap enough for the event loop: a few reads at known places, never a loop over samples. Everything
+a header says is a claim: it lets us refuse early, and the decoder enforces the limits anyway.
+
+A container that announces more bytes than came is truncated: WAV, M4A, WebM, MP3 with a Xing header
+and a broken last OGG page tell. ADTS and plain MP3 cannot, and what came of them is transcribed. A
+WAV of unknown length, as written to a pipe, is read to its end.
+
+Sources: RIFF/WAVE (Microsoft), RFC 3533 and RFC 7845 (Ogg, Opus), RFC 9639 (FLAC), ISO/IEC 11172-3
+(MP3), ISO/IEC 14496-12 (boxes), RFC 8794 and RFC 9559 (EBML, Matroska).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from server.errors import AudioEmptyError, AudioUnrecognisedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Container = Literal["wav", "flac", "ogg", "mp3", "mp4", "webm", "adts"]
+
+_MAX_ELEMENTS = 4096  # boxes, chunks or elements looked at before a forged header is given up on
+_WAV_UNKNOWN_LENGTH = 0x7FFF0000  # writers to a pipe put this or more for "until the end"
+_OGG_MAX_PAGE = 65_307  # bytes: 27 + 255 + 255 * 255
+_OPUS_GRANULE_RATE_HZ = 48_000
+_MP3_SYNC_SEARCH = 4096  # bytes of junk tolerated before the first frame
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A header's claims.
+
+    Attributes:
+        container: which it is, by its magic bytes; file names and media types are not trusted.
+        duration_s: seconds of audio, None where the header does not tell.
+        sample_rate_hz: None where the header does not tell.
+        channels: None where the header does not tell.
+        truncated: the container announces more bytes than there are.
+    """
+
+    container: Container
+    duration_s: float | None = None
+    sample_rate_hz: int | None = None
+    channels: int | None = None
+    truncated: bool = False
+
+
+def probe(data: bytes) -> Probe:
+    """Read the header of an upload.
+
+    Raises:
+        AudioEmptyError: there are no bytes.
+        AudioUnrecognisedError: the bytes are no container that we know.
+    """
+    if not data:
+        raise AudioEmptyError("the file is empty")
+    try:
+        found = _dispatch(data)
+    except (struct.error, IndexError):  # a header cut short
+        found = None
+    if found is None:
+        raise AudioUnrecognisedError(
+            "the file is not audio in a known container: WAV, FLAC, OGG, MP3, M4A, AAC or WebM"
+        )
+    return found
+
+
+def _dispatch(data: bytes) -> Probe | None:  # noqa: PLR0911 - one return a container
+    if data[:4] in {b"RIFF", b"RIFX", b"RF64"} and data[8:12] == b"WAVE":
+        return _probe_wav(data)
+    if data[:4] == b"OggS":
+        return _probe_ogg(data)
+    if data[4:8] == b"ftyp":
+        return _probe_mp4(data)
+    if data[:4] == b"\x1a\x45\xdf\xa3":
+        return _probe_webm(data)
+    start = _skip_id3(data)
+    if data[start : start + 4] == b"fLaC":
+        return _probe_flac(data, start)
+    if _is_adts(data, start):
+        return Probe("adts")
+    return _probe_mp3(data, start)
+
+
+def _probe_wav(data: bytes) -> Probe:
+    order = ">" if data[:4] == b"RIFX" else "<"
+    rate = channels = None
+    bytes_per_s = 0
+    position = 12
+    for _ in range(_MAX_ELEMENTS):
+        if position + 8 > len(data):
+            break
+        name = data[position : position + 4]
+        (size,) = struct.unpack_from(order + "I", data, position + 4)
+        position += 8
+        if name == b"fmt ":
+            channels, rate, bytes_per_s = struct.unpack_from(order + "2xHII", data, position)
+        if name == b"data":
+            known = 0 < size < _WAV_UNKNOWN_LENGTH
+            duration_s = size / bytes_per_s if known and bytes_per_s else None
+            truncated = known and position + size > len(data)
+            return Probe("wav", duration_s, rate, channels, truncated)
+        position += size + size % 2  # chunks are padded to even sizes
+    return Probe("wav", None, rate, channels, truncated=True)  # no data chunk came
+
+
+def _probe_flac(data: bytes, start: int) -> Probe:
+    packed = int.from_bytes(data[start + 18 : start + 26], "big")  # of STREAMINFO
+    rate, channels = packed >> 44, (packed >> 41 & 7) + 1
+    samples = packed & (1 << 36) - 1
+    cut = len(data) < start + 42  # magic, block header and STREAMINFO
+    return Probe("flac", samples / rate if samples and rate else None, rate or None, channels, cut)
+
+
+def _probe_ogg(data: bytes) -> Probe:
+    packet = data[27 + data[26] :][:64]
+    rate = channels = granule_rate = None
+    pre_skip = 0
+    if packet[:8] == b"OpusHead":
+        channels, pre_skip = struct.unpack_from("<BH", packet, 9)
+        rate = granule_rate = _OPUS_GRANULE_RATE_HZ
+    elif packet[:7] == b"\x01vorbis":
+        channels, rate = struct.unpack_from("<BI", packet, 11)
+        granule_rate = rate
+    last = data.rfind(b"OggS", max(0, len(data) - _OGG_MAX_PAGE))
+    truncated = last < 0 or _ogg_page_end(data, last) > len(data)
+    granule = struct.unpack_from("<q", data, last + 6)[0] if not truncated else -1
+    known = granule > 0 and granule_rate
+    duration_s = max(0, granule - pre_skip) / granule_rate if known and granule_rate else None
+    return Probe("ogg", duration_s, rate, channels, truncated)
+
+
+def _ogg_page_end(data: bytes, page: int) -> int:
+    if page + 27 > len(data):
+        return len(data) + 1
+    segments = data[page + 26]
+    table = data[page + 27 : page + 27 + segments]
+    return page + 27 + segments + sum(table) if len(table) == segments else len(data) + 1
+
+
+def _probe_mp4(data: bytes) -> Probe:
+    duration_s = None
+    end = 0
+    for name, start, end in _boxes(data, 0, len(data)):
+        if name != b"moov":
+            continue
+        for inner, body, _ in _boxes(data, start, min(end, len(data))):
+            if inner == b"mvhd":
+                layout = ">16xIQ" if data[body] == 1 else ">8xII"  # version 1 has 64-bit times
+                timescale, duration = struct.unpack_from(layout, data, body + 4)
+                duration_s = duration / timescale if timescale and duration else None
+    return Probe("mp4", duration_s, truncated=end > len(data))
+
+
+def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, start of the body, end) of the boxes that begin before `stop`."""
+    for _ in range(_MAX_ELEMENTS):
+        if start + 8 > stop:
+            return
+        size, name = struct.unpack_from(">I4s", data, start)
+        header = 8
+        if size == 1:
+            header = 16
+            (size,) = struct.unpack_from(">Q", data, start + 8)
+        elif size == 0:  # to the end of the file
+            size = stop - start
+        if size < header:
+            return
+        yield name, start + header, start + size
+        start += size
+
+
+_EBML_SEGMENT = 0x18538067
+_EBML_CLUSTER = 0x1F43B675
+_EBML_INFO = 0x1549A966
+_EBML_TIMESTAMP_SCALE = 0x2AD7B1
+_EBML_DURATION = 0x4489
+
+
+def _probe_webm(data: bytes) -> Probe:
+    duration_s = None
+    truncated = False
+    for element, start, end in _elements(data, 0, len(data)):
+        if element != _EBML_SEGMENT:
+            continue
+        truncated = end is not None and end > len(data)
+        for inner, body, inner_end in _elements(data, start, len(data)):
+            if inner == _EBML_CLUSTER:
+                break
+            if inner == _EBML_INFO and inner_end is not None:
+                duration_s = _webm_duration_s(data, body, min(inner_end, len(data)))
+        break
+    return Probe("webm", duration_s, truncated=truncated)
+
+
+def _webm_duration_s(data: bytes, start: int, stop: int) -> float | None:
+    scale_ns, duration = 1_000_000, None
+    for element, body, end in _elements(data, start, stop):
+        value = data[body:end]
+        if element == _EBML_TIMESTAMP_SCALE:
+            scale_ns = int.from_bytes(value, "big")
+        elif element == _EBML_DURATION and len(value) in {4, 8}:
+            (duration,) = struct.unpack(">f" if len(value) == 4 else ">d", value)  # noqa: PLR2004
+    return duration * scale_ns / 1e9 if duration else None
+
+
+def _elements(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
+    """Yield (id, start of the body, end) of EBML elements; the end is None where unknown."""
+    for _ in range(_MAX_ELEMENTS):
+        if start >= stop:
+            return
+        id_length = 9 - data[start].bit_length()
+        element = int.from_bytes(data[start : start + id_length], "big")
+        start += id_length
+        size_length = 9 - data[start].bit_length()
+        size = int.from_bytes(data[start : start + size_length], "big") & (1 << 7 * size_length) - 1
+        start += size_length
+        unknown = size == (1 << 7 * size_length) - 1
+        yield element, start, None if unknown else start + size
+        if unknown:
+            return
+        start += size
+
+
+def _skip_id3(data: bytes) -> int:
+    """Offset behind an ID3v2 tag, whose size has seven bits a byte."""
+    if data[:3] != b"ID3" or len(data) < 10:  # noqa: PLR2004 - the tag header's length
+        return 0
+    size = 0
+    for byte in data[6:10]:
+        size = size << 7 | byte & 0x7F
+    return 10 + size
+
+
+def _is_adts(data: bytes, start: int) -> bool:
+    """Two AAC frames in a row, the second where the first says that it ends."""
+    header = data[start : start + 7]
+    if len(header) < 7 or header[0] != 0xFF or header[1] & 0xF6 != 0xF0:  # noqa: PLR2004
+        return False
+    second = start + (int.from_bytes(header[3:6], "big") >> 5 & 0x1FFF)
+    return data[second : second + 1] == b"\xff" and data[second + 1] & 0xF6 == 0xF0  # noqa: PLR2004
+
+
+@dataclass(frozen=True, slots=True)
+class _Mp3Frame:
+    rate_hz: int
+    channels: int
+    samples: int
+    size: int
+    side_info: int  # bytes between the header and a Xing tag
+
+
+# kbit/s by index, for MPEG-1 and MPEG-2/2.5, Layer III
+_MP3_BITRATES = {
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_MP3_RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
+
+
+def _mp3_frame(data: bytes, at: int) -> _Mp3Frame | None:
+    if at + 4 > len(data):
+        return None
+    (word,) = struct.unpack_from(">I", data, at)
+    version, layer = word >> 19 & 3, word >> 17 & 3
+    bitrate_index, rate_index = word >> 12 & 15, word >> 10 & 3
+    if word >> 21 != 0x7FF or version == 1 or layer != 1:  # noqa: PLR2004 - sync word; Layer III
+        return None
+    if bitrate_index in {0, 15} or rate_index == 3:  # noqa: PLR2004 - free format; reserved
+        return None
+    mpeg1 = version == 3  # noqa: PLR2004
+    rate_hz = _MP3_RATES_HZ[version][rate_index]
+    samples = 1152 if mpeg1 else 576
+    size = samples // 8 * _MP3_BITRATES[mpeg1][bitrate_index] * 1000 // rate_hz + (word >> 9 & 1)
+    mono = word >> 6 & 3 == 3  # noqa: PLR2004
+    side_info = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}
+    return _Mp3Frame(rate_hz, 1 if mono else 2, samples, size, side_info[mpeg1, mono])
+
+
+def _probe_mp3(data: bytes, start: int) -> Probe | None:
+    tagged = start > 0
+    if tagged and start >= len(data):
+        return Probe("mp3", truncated=True)
+    for at in range(start, min(start + _MP3_SYNC_SEARCH, len(data))):
+        at = data.find(b"\xff", at)  # noqa: PLW2901 - skips to the next candidate
+        if at < 0 or at > start + _MP3_SYNC_SEARCH:
+            return None
+        frame = _mp3_frame(data, at)
+        # A second frame behind it tells a frame from two chance bytes.
+        if frame and (at + frame.size == len(data) or _mp3_frame(data, at + frame.size)):
+            return _probe_xing(data, at, frame)
+    return None
+
+
+def _probe_xing(data: bytes, at: int, frame: _Mp3Frame) -> Probe:
+    tag = at + 4 + frame.side_info
+    duration_s = None
+    truncated = False
+    if data[tag : tag + 4] in {b"Xing", b"Info"}:
+        (flags,) = struct.unpack_from(">I", data, tag + 4)
+        field = tag + 8
+        if flags & 1:
+            (frames,) = struct.unpack_from(">I", data, field)
+            duration_s = frames * frame.samples / frame.rate_hz
+            field += 4
+        if flags & 2:
+            (size,) = struct.unpack_from(">I", data, field)
+            truncated = at + size > len(data)
+    return Probe("mp3", duration_s, frame.rate_hz, frame.channels, truncated)

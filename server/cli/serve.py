@@ -1,0 +1,141 @@
+"""`speechllm serve`: the HTTP server."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import signal
+import socket
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from server.settings import ENV_PREFIX, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from uvicorn import Server
+
+    from server.runtime import Runtime
+
+_FAILED = 1
+_BAD_USAGE = 2
+_CLOSE_CONNECTIONS_S = 5  # beyond draining, for the answers to get out
+
+
+def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
+    """Give a command one option for each of the settings' fields, with its help and default."""
+
+    @functools.wraps(command)
+    def parsed(**options: Any) -> None:  # noqa: ANN401 - as many types as fields
+        command(_settings({name: value for name, value in options.items() if value is not None}))
+
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=f"{field.description} \\[env: {ENV_PREFIX}{name.upper()}]",
+            show_default=str(field.default),
+        )
+        # Typer shows the default; None tells a flag that was given from one that was not.
+        annotation: Any = Annotated[_flag_type(field.annotation) | None, option]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+            )
+        )
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parsed.__annotations__ = {each.name: each.annotation for each in parameters}
+    return parsed
+
+
+def _flag_type(annotation: Any) -> Any:  # noqa: ANN401 - a type expression
+    """Return the type Typer parses; choices stay texts, which the settings check."""
+    return annotation if annotation in {int, float, str} else str
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    from pydantic import ValidationError
+
+    try:
+        return Settings(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        flag = f"--{name.replace('_', '-')} / {ENV_PREFIX}{name.upper()}"
+        typer.echo(f"error: {flag}: {first['msg']}", err=True)
+        raise typer.Exit(_BAD_USAGE) from error
+
+
+@with_settings
+def serve(settings: Settings) -> None:
+    """Serve a checkpoint over HTTP.
+
+    Every option is also an environment variable; the flag wins.
+    """
+    import uvicorn
+
+    from server.app import create_app
+    from server.log import configure_logging
+
+    configure_logging(settings.log_level)
+    listener = _listen(settings.host, settings.port)
+    # uvicorn raises its signals again once it has drained; the default handlers would then report
+    # a good end as a death by signal.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: None)
+    app = create_app(settings, on_failure=lambda: _end(server))
+    runtime: Runtime = app.state.runtime
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=round(settings.drain_timeout_s) + _CLOSE_CONNECTIONS_S,
+    )
+    server = _draining_server(config, runtime)
+    _announce(settings, listener)
+    server.run(sockets=[listener])
+    if runtime.failure is not None:
+        typer.echo(f"error: cannot serve {settings.model}: {runtime.failure}", err=True)
+        raise typer.Exit(_FAILED)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before anything is loaded, so that a port in use shows at once."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        typer.echo(f"error: cannot listen on {host}:{port}: {error.strerror}", err=True)
+        raise typer.Exit(_FAILED) from error
+    return listener
+
+
+def _draining_server(config: Any, runtime: Runtime) -> Server:  # noqa: ANN401 - uvicorn is lazy
+    import uvicorn
+
+    class DrainingServer(uvicorn.Server):
+        """Tells the runtime before the connections are closed."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            runtime.begin_drain()
+            await super().shutdown(sockets)
+
+    return DrainingServer(config)
+
+
+def _end(server: Server) -> None:
+    server.should_exit = True
+
+
+def _announce(settings: Settings, listener: socket.socket) -> None:
+    host = settings.host if ":" not in settings.host else f"[{settings.host}]"
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    typer.echo(f"Serving {settings.model} at {url} once the model is loaded ({url}/health/ready)")
+    typer.echo(f"Try it:  curl -F file=@recording.wav {url}/transcribe")
+    typer.echo(f"The API: {url}/docs")

@@ -1,0 +1,1 @@
+"""From waveforms to transcripts: admission, queue, scheduler, device. Knows no HTTP."""

@@ -1,0 +1,153 @@
+"""Every Prometheus series of the server, in one place. Labels take values from closed sets only.
+
+RTFx over a window, that is seconds of audio for each second the device worked:
+`rate(speechllm_audio_seconds_total[5m]) / rate(speechllm_device_busy_seconds_total[5m])`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from server.engine.interface import BatchReport, EngineResult, EngineStats
+
+# Seconds, from a 20 ms request to a 10 min file.
+_SECONDS = (
+    0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
+    1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+_CLIP_SECONDS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 25, 30, 60, 120, 300, 600, 1800, 3600)
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class Metrics:
+    """The series of one application, in a registry of their own."""
+
+    def __init__(self) -> None:
+        """Create all series at zero."""
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        self._requests = Counter(
+            "speechllm_requests",
+            "Answered HTTP requests; status 499 is a client that left.",
+            ["endpoint", "method", "status"],
+            registry=registry,
+        )
+        self._in_flight = Gauge(
+            "speechllm_requests_in_flight", "HTTP requests being answered.", registry=registry
+        )
+        self._refused = Counter(
+            "speechllm_requests_refused",
+            "Requests that ended in an error, by its stable code.",
+            ["code"],
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "speechllm_stage_seconds",
+            "Seconds a transcription spent in each stage; encode and generate are its batch's.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._clip_seconds = Histogram(
+            "speechllm_clip_seconds",
+            "Length of the transcribed clips, seconds.",
+            buckets=_CLIP_SECONDS,
+            registry=registry,
+        )
+        self._transcripts = Counter(
+            "speechllm_transcripts",
+            "Transcripts by how they ended: stop, length (token cap) or empty.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "speechllm_generated_tokens", "Tokens of all transcripts.", registry=registry
+        )
+        self._audio_seconds = Counter(
+            "speechllm_audio_seconds", "Audio that went through the model.", registry=registry
+        )
+        self._padding_seconds = Counter(
+            "speechllm_padding_seconds",
+            "Padding that went through the model besides, to square its batches.",
+            registry=registry,
+        )
+        self._busy_seconds = Counter(
+            "speechllm_device_busy_seconds", "Time the device worked.", registry=registry
+        )
+        self._batch_sizes = Histogram(
+            "speechllm_batch_size", "Clips in a batch.", buckets=_BATCH_SIZES, registry=registry
+        )
+        self._failed_batches = Counter(
+            "speechllm_batch_failures", "Batches that the model failed on.", registry=registry
+        )
+
+    def watch(self, stats: Callable[[], EngineStats], is_ready: Callable[[], bool]) -> None:
+        """Read these gauges from the engine whenever they are scraped."""
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "speechllm_ready": ("1 while requests are taken.", lambda: float(is_ready())),
+            "speechllm_requests_admitted": (
+                "Requests that hold a slot: decoding, waiting or running.",
+                lambda: stats().admitted,
+            ),
+            "speechllm_requests_waiting": (
+                "Requests in the engine's queue.",
+                lambda: stats().queued,
+            ),
+            "speechllm_requests_running": (
+                "Requests in the running batch.",
+                lambda: stats().running,
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            Gauge(name, text, registry=self.registry).set_function(value)
+
+    def request_started(self) -> None:
+        """Count a request in."""
+        self._in_flight.inc()
+
+    def request_ended(self, endpoint: str, method: str, status: int) -> None:
+        """Count a request out; `endpoint` is a route's template, never a path."""
+        self._in_flight.dec()
+        method = method if method in _METHODS else "other"
+        self._requests.labels(endpoint, method, str(status)).inc()
+
+    def refused(self, code: str) -> None:
+        """Count an error answer."""
+        self._refused.labels(code).inc()
+
+    def transcribed(self, audio_s: float, result: EngineResult, stages_s: dict[str, float]) -> None:
+        """Count a transcription; `stages_s` has its seconds by stage."""
+        for stage, seconds in stages_s.items():
+            self._stages.labels(stage).observe(seconds)
+        self._clip_seconds.observe(audio_s)
+        self._transcripts.labels(result.finish_reason if result.text else "empty").inc()
+        self._tokens.inc(result.tokens)
+
+    def batch_ran(self, report: BatchReport) -> None:
+        """Count a batch."""
+        self._busy_seconds.inc(report.busy_s)
+        if report.failed:
+            self._failed_batches.inc()
+            return
+        self._batch_sizes.observe(report.clips)
+        self._audio_seconds.inc(report.audio_s)
+        self._padding_seconds.inc(report.padded_audio_s - report.audio_s)
+
+    def render(self) -> bytes:
+        """Return all series in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,128 @@
+"""What one server process holds, and its life: loading, ready, draining or failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Literal
+
+from server.audio.limits import AudioLimits
+from server.audio.pool import DecodePool
+from server.errors import NotReadyError, ShuttingDownError
+from server.log import structured
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from server.engine.interface import Engine
+    from server.metrics import Metrics
+    from server.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "draining", "failed"]
+
+
+class Runtime:
+    """The engine, the decoding processes and the metrics of one application."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare; `start` begins to load.
+
+        Args:
+            settings: the server's options.
+            engine: not started yet.
+            metrics: shared with the engine.
+            on_failure: called when loading has failed, to end the process.
+        """
+        self.settings = settings
+        self.engine = engine
+        self.metrics = metrics
+        self.decode_pool = DecodePool(settings.decode_workers, settings.decode_timeout_s)
+        self.failure: Exception | None = None
+        self._on_failure = on_failure
+        self._state: State = "loading"
+        self._loading: asyncio.Task[None] | None = None
+        self._draining: asyncio.Task[None] | None = None
+        metrics.watch(engine.stats, lambda: self.state == "ready")
+
+    @property
+    def state(self) -> State:
+        """Where in its life the process is; an engine that died counts as failed."""
+        if self._state == "ready" and not self.engine.stats().alive:
+            return "failed"
+        return self._state
+
+    def require_ready(self) -> None:
+        """Raise NotReadyError or ShuttingDownError unless requests are taken."""
+        if self.state == "loading":
+            raise NotReadyError("the model is still loading")
+        if self.state == "failed":
+            raise NotReadyError("the model has failed")
+        if self.state == "draining":
+            raise ShuttingDownError("the server is shutting down")
+
+    @property
+    def audio_limits(self) -> AudioLimits:
+        """What an upload may hold: the settings' limits and the model's."""
+        return AudioLimits(
+            max_audio_s=min(self.settings.max_audio_s, self.engine.max_audio_s),
+            max_channels=self.settings.max_channels,
+            min_rate_hz=self.settings.min_sample_rate_hz,
+            max_rate_hz=self.settings.max_sample_rate_hz,
+        )
+
+    def start(self) -> None:
+        """Begin to load; answers are given meanwhile, and readiness is off."""
+        self._loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> None:
+        started_s = time.monotonic()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.decode_pool.start())
+                group.create_task(self.engine.start())
+        except* Exception as errors:  # noqa: BLE001 - a loader may raise anything
+            self._fail(_first(errors))
+        else:
+            seconds = round(time.monotonic() - started_s, 3)
+            _log.info("ready", extra=structured(model=self.settings.model, seconds=seconds))
+            if self._state == "loading":
+                self._state = "ready"
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        self._state = "failed"
+        _log.debug("loading failed", exc_info=error)
+        self._on_failure()
+
+    def begin_drain(self) -> None:
+        """Take no more requests; those in flight get `drain_timeout_s`."""
+        if self._draining is None:
+            self._state = "draining"
+            self._draining = asyncio.create_task(self.engine.drain(self.settings.drain_timeout_s))
+
+    async def stop(self) -> None:
+        """Drain, then end the engine and the decoding processes."""
+        if self._loading is not None and not self._loading.done():
+            self._loading.cancel()
+            await asyncio.wait([self._loading])
+        self.begin_drain()
+        if self._draining is not None:
+            await self._draining
+        await self.engine.stop()
+        await self.decode_pool.stop()
+
+
+def _first(errors: BaseExceptionGroup[Exception]) -> Exception:
+    """Return the first plain exception of a group of groups."""
+    first = errors.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
