@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from server.errors import InvalidRequestError, ServerError, UploadTooLargeError
 
@@ -33,25 +34,81 @@ class Upload:
     prompt: str | None
 
 
-async def read_upload(request: Request, max_bytes: int) -> Upload:
+async def receive_upload(request: Request, max_bytes: int) -> Upload:
     """Receive and check the form.
 
     Raises:
         UploadTooLargeError: the body is larger than `max_bytes`, announced or received.
         InvalidRequestError: no form, no file, several files, unknown fields.
-        starlette.requests.ClientDisconnect: the client left.
+        ClientDisconnect: the client left.
     """
+    body = _Body(request, max_bytes)
+    try:
+        return await _read(request, body)
+    except ServerError:
+        await body.discard()
+        raise
+
+
+async def discard_body(request: Request, max_bytes: int) -> None:
+    """Take in and forget a body that is not wanted, before a refusal."""
+    await _Body(request, max_bytes).discard()
+
+
+class _Body:
+    """A request's body as it comes in."""
+
+    def __init__(self, request: Request, max_bytes: int) -> None:
+        self._receive = request.receive
+        self._max_bytes = max_bytes
+        self._received_bytes = 0
+        self._has_ended = False
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        while not self._has_ended:
+            chunk = await self._next()
+            if self._received_bytes > self._max_bytes:
+                raise _too_large(self._max_bytes)
+            yield chunk
+
+    async def discard(self) -> None:
+        """Read on for a while, so that the client gets to read the refusal.
+
+        A server that closes a connection with unread bytes in it resets it, and the client loses
+        the answer with the rest.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DISCARD_TIMEOUT_S):
+                while not self._has_ended and self._received_bytes <= 2 * self._max_bytes:
+                    await self._next()
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        # Once the body has ended, receiving would wait for the client to leave.
+        self._has_ended = not message.get("more_body", False)
+        chunk: bytes = message.get("body", b"")
+        self._received_bytes += len(chunk)
+        return chunk
+
+
+async def _read(request: Request, body: _Body) -> Upload:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "multipart/form-data":
         raise InvalidRequestError(
             f"send multipart/form-data with the recording in the field 'file', not {media_type!r}"
         )
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise _too_large(max_bytes)
+    if announced.isdecimal() and int(announced) > body.max_bytes:
+        raise _too_large(body.max_bytes)
     parser = MultiPartParser(
         request.headers,
-        _limited(request, max_bytes),
+        body.chunks(),
         max_files=_MAX_PARTS,
         max_fields=_MAX_PARTS,
         max_part_size=_MAX_FIELD_BYTES,
@@ -66,36 +123,8 @@ async def read_upload(request: Request, max_bytes: int) -> Upload:
         await form.close()
 
 
-async def discard_body(request: Request, max_bytes: int) -> None:
-    """Read on for a while before an early refusal, so that the client gets to read the answer.
-
-    A server that closes the connection with unread bytes in it resets it, and the client loses the
-    answer with the rest.
-    """
-    ends_s = time.monotonic() + _DISCARD_TIMEOUT_S
-    received = 0
-    while received <= max_bytes:
-        try:
-            async with asyncio.timeout(ends_s - time.monotonic()):
-                message = await request.receive()
-        except TimeoutError:
-            return
-        received += len(message.get("body", b""))
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
-
-
 def _too_large(max_bytes: int) -> UploadTooLargeError:
     return UploadTooLargeError(f"the upload is larger than {max_bytes} bytes", param="file")
-
-
-async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > max_bytes:
-            raise _too_large(max_bytes)
-        yield chunk
 
 
 async def _check(form: FormData) -> Upload:
@@ -130,12 +159,3 @@ def _check_prompt(form: FormData) -> str | None:
             f"the prompt has more than {MAX_PROMPT_CHARACTERS} characters", param="prompt"
         )
     return prompts[0]
-
-
-async def receive_upload(request: Request, max_bytes: int) -> Upload:
-    """Receive the form as `read_upload` does, and hear out the client before an early refusal."""
-    try:
-        return await read_upload(request, max_bytes)
-    except ServerError:
-        await discard_body(request, 2 * max_bytes)
-        raise

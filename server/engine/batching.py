@@ -207,15 +207,13 @@ class BatchingEngine:
     async def _run(self, backend: Backend, entries: dict[int, _Entry]) -> None:
         """Run a batch; if it fails, run its clips one by one, so that only the guilty one fails."""
         self._running = entries
-        try:
-            batch = list(entries.values())
-            if await self._attempt(backend, batch, is_last=len(batch) == 1):
-                return
+        batch = list(entries.values())
+        if not await self._attempt(backend, batch, is_last=len(batch) == 1):
             for entry in batch:
                 if not entry.answer.done():
                     await self._attempt(backend, [entry], is_last=True)
-        finally:
-            self._running = {}
+        # Not in a finally: if this task dies or is cancelled, these are still to be answered.
+        self._running = {}
 
     async def _attempt(self, backend: Backend, batch: list[_Entry], *, is_last: bool) -> bool:
         """Run clips together and answer them; returns whether nothing is left to try."""

@@ -1,3 +1,4 @@
+import contextlib
 import struct
 
 import numpy as np
@@ -142,10 +143,8 @@ def test_a_header_that_lies_short_does_not_get_past_the_limit():
     flac = bytearray(encode(tone(3.0), form="flac"))
     packed = int.from_bytes(flac[18:26], "big")
     flac[18:26] = (packed >> 36 << 36 | 100).to_bytes(8, "big")
-    try:
+    with contextlib.suppress(AudioError):
         assert decode(bytes(flac), AudioLimits(max_audio_s=1.0)).duration_s <= 1.0
-    except AudioError:
-        pass
 
 
 def test_too_many_channels_are_refused():

@@ -62,7 +62,9 @@ def test_no_bytes_are_refused():
         probe(b"")
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfbtwo chance bytes", b"RIFF\0\0\0\0AVI ", b"{}", b"\0" * 99])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfbtwo chance bytes", b"RIFF\0\0\0\0AVI ", b"{}", b"\0" * 99]
+)
 def test_what_is_no_audio_is_refused(data):
     with pytest.raises(AudioUnrecognisedError):
         probe(data)
