@@ -213,7 +213,8 @@ def _synthesise(text: str, voice: Voice, path: Path) -> np.ndarray | None:
     margin = int(SILENCE_KEPT_S * SAMPLE_RATE_HZ)
     waveform = waveform[max(0, loud[0] - margin) : loud[-1] + margin]
     peak = max(0.05, float(np.abs(waveform).max()))
-    return (waveform * (0.5 / peak)).astype(np.float32)
+    normalised: np.ndarray = (waveform * (0.5 / peak)).astype(np.float32)
+    return normalised
 
 
 def main() -> None:
