@@ -45,8 +45,9 @@ def load_audio(path: Path) -> NDArray[np.float32]:
 
     Raises:
         EmptyAudioError: the file holds no samples.
-        AudioReadError: the file is missing, is no audio, is damaged or cut off, or holds NaN or
-            infinite samples.
+        AudioReadError: the file is missing, is no audio, is damaged, holds NaN or infinite
+            samples, or is an MP3 or FLAC that is cut off. (A cut WAV or OGG tells nothing of its
+            former length: it reads as a shorter recording.)
     """
     if not path.is_file():
         raise AudioReadError(f"{path}: no such file")
@@ -54,7 +55,12 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     samples, rate_hz = _decode_with_ffmpeg(path) if decoded is None else decoded
     waveform = samples.mean(axis=1, dtype=np.float32)  # (N, channels) -> (N,)
     if rate_hz != SAMPLE_RATE_HZ and len(waveform):
-        waveform = soxr.resample(waveform, rate_hz, SAMPLE_RATE_HZ)
+        try:
+            waveform = soxr.resample(waveform, rate_hz, SAMPLE_RATE_HZ)
+        except (RuntimeError, ValueError) as error:
+            raise AudioReadError(
+                f"{path}: cannot be resampled from {rate_hz} Hz: {error}"
+            ) from error
     if len(waveform) == 0:
         raise EmptyAudioError(f"{path}: holds no samples")
     if not np.isfinite(waveform).all():

@@ -150,7 +150,8 @@ class WaveformAugmenter:
         if rng.random() < config.gain_probability:
             gain = 10 ** (rng.uniform(*config.gain_db) / 20)
         peak = max(float(np.abs(waveform).max()), 1e-9)
-        return np.clip(waveform * np.float32(min(gain, 1 / peak)), -1.0, 1.0)
+        varied: Waveform = np.clip(waveform * np.float32(min(gain, 1 / peak)), -1.0, 1.0)
+        return varied
 
     def _change_speed(self, waveform: Waveform, rng: np.random.Generator) -> Waveform:
         slowest, fastest = self._config.speed_range
@@ -158,7 +159,7 @@ class WaveformAugmenter:
         # Where a clip is at its limit already it may only get faster, and stays as it is if the
         # range does not allow that.
         slowest = max(slowest, min(len(waveform) / max_samples, 1.0))
-        if slowest >= fastest:
+        if slowest > fastest:
             return waveform
         factor = rng.uniform(slowest, fastest)
         changed: Waveform = soxr.resample(
@@ -236,8 +237,8 @@ def concatenate_utterances(
         kept.append((waveform, text))
         spare -= len(waveform)
     gaps = (rng.uniform(MIN_GAP_S, MAX_GAP_S, len(kept) - 1) * SAMPLE_RATE_HZ).astype(np.int64)
-    if gaps.sum() > spare:
-        gaps = (gaps * (max(spare, 0) / gaps.sum())).astype(np.int64)
+    if len(gaps) and gaps.sum() > spare:
+        gaps = (gaps * (spare / gaps.sum())).astype(np.int64)
     parts = [kept[0][0]]
     for gap, (waveform, _) in zip(gaps.tolist(), kept[1:], strict=True):
         parts += [np.zeros(gap, dtype=np.float32), waveform]
