@@ -34,7 +34,7 @@ def tone(seconds, rate_hz=16_000, channels=1, frequency_hz=440.0):
 
 
 def encode(waveform, rate_hz=16_000, form="wav"):
-    """The bytes of a file; `form` is one of FORMATS. OGG and WebM with Opus want 48 kHz or 16 kHz."""
+    """The bytes of a file; `form` is one of FORMATS. Opus wants 48 kHz or 16 kHz."""
     if form in _SOUNDFILE:
         container, subtype = _SOUNDFILE[form]
         buffer = io.BytesIO()

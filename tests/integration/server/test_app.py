@@ -34,7 +34,7 @@ async def serving(settings, engine=None):
 
 
 async def until_ready(client):
-    while (await client.get("/health/ready")).json()["status"] == "loading":
+    while (await client.get("/health/ready")).json()["status"] == "loading":  # noqa: ASYNC110
         await asyncio.sleep(0.02)
 
 
@@ -109,6 +109,7 @@ async def test_a_prompt_reaches_the_model(client, settings):
     assert response.json()["text"] == expected.text
 
 
+INFINITE = np.full(16_000, np.inf, np.float32)
 BAD_AUDIO = {
     "empty": (b"", 400, "audio_empty"),
     "no samples": (encode(np.zeros(0, np.float32)), 400, "audio_empty"),
@@ -116,7 +117,7 @@ BAD_AUDIO = {
     "truncated wav": (encode(tone(1.0))[:9_000], 400, "audio_truncated"),
     "truncated m4a": (encode(tone(1.0), form="m4a")[:3_000], 400, "audio_truncated"),
     "nan": (encode(tone(1.0) * np.nan, form="wav-float"), 400, "audio_not_finite"),
-    "infinite": (encode(np.full(16_000, np.inf, np.float32), form="wav-float"), 400, "audio_not_finite"),
+    "infinite": (encode(INFINITE, form="wav-float"), 400, "audio_not_finite"),
     "too long": (encode(tone(25.0)), 413, "audio_too_long"),
     "long, and its header does not say so": (
         with_wav_data_size(encode(tone(25.0)), 0xFFFFFFFF), 413, "audio_too_long",

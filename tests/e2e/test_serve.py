@@ -1,0 +1,174 @@
+"""`speechllm serve` as a process of its own, over real sockets."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.recordings import FORMATS, encode, tone
+
+LONG_CLIP_S = 29.0
+
+
+@pytest.fixture(scope="module")
+def server(start_server, tiny_checkpoint):
+    with start_server(
+        "--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1",
+        "--max-queue-size", "4", "--max-batch-size", "1",
+    ) as (process, client):  # fmt: skip
+        yield process, client
+
+
+def speechlike(seconds, seed=0):
+    return encode(np.random.default_rng(seed).normal(0, 0.2, round(seconds * 16_000)).clip(-1, 1))
+
+
+def post(client, data, **options):
+    return client.post("/transcribe", files={"file": ("recording", data)}, **options)
+
+
+def metric(client, line):
+    for each in client.get("/metrics").text.splitlines():
+        if each.startswith(line + " "):
+            return float(each.split()[-1])
+    return 0.0
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_transcribed(server, form):
+    _, client = server
+    response = post(client, encode(tone(1.0, 48_000), 48_000, form))
+    assert response.status_code == 200, response.text
+    assert isinstance(response.json()["text"], str)
+    assert response.json()["duration"] == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"", 400, "audio_empty"),
+        (b"a letter " * 50, 415, "audio_unrecognised"),
+        (encode(tone(1.0))[:9000], 400, "audio_truncated"),
+        (encode(np.full(999, np.nan, np.float32), form="wav-float"), 400, "audio_not_finite"),
+        (encode(tone(31.0)), 413, "audio_too_long"),
+        (b"RIFF" + bytes(26 * 2**20), 413, "upload_too_large"),
+    ],
+)  # fmt: skip
+def test_bad_uploads_get_a_reason_and_the_server_lives_on(server, data, status, code):
+    process, client = server
+    response = post(client, data)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.json()["error"]["message"]
+    assert post(client, encode(tone(0.2))).status_code == 200
+    assert process.process.poll() is None
+
+
+def test_hours_of_opus_in_a_small_file_are_refused(server):
+    _, client = server
+    # 200 s of silence in a few hundred kB at most; the length is cut out of its last page.
+    opus = bytearray(encode(np.zeros(200 * 16_000, np.float32), form="ogg-opus"))
+    last = opus.rindex(b"OggS")
+    opus[last + 6 : last + 14] = (48_000).to_bytes(8, "little")
+    response = post(client, bytes(opus))
+    assert response.status_code == 413, response.text
+    assert response.json()["error"]["code"] == "audio_too_long"
+
+
+def test_health_answers_while_uploads_are_decoded_and_transcribed(server):
+    _, client = server
+    clip = encode(tone(LONG_CLIP_S, 44_100, channels=2), 44_100, "mp3")
+    with ThreadPoolExecutor(3) as clients:
+        work = [clients.submit(post, client, clip) for _ in range(3)]
+        answers = 0
+        while not all(each.done() for each in work):
+            assert client.get("/health/live").status_code == 200
+            answers += 1
+    assert answers > 3
+    assert [each.result().status_code for each in work] == [200] * 3
+
+
+def test_overload_is_refused_at_once_with_retry_after(server):
+    _, client = server
+    clip = speechlike(LONG_CLIP_S)
+    with ThreadPoolExecutor(24) as clients:
+        responses = list(clients.map(lambda _: post(client, clip), range(24)))
+    statuses = {response.status_code for response in responses}
+    assert statuses == {200, 429}
+    refused = [response for response in responses if response.status_code == 429]
+    assert all(1 <= int(response.headers["retry-after"]) <= 60 for response in refused)
+    assert refused[0].json()["error"]["code"] == "queue_full"
+    assert post(client, encode(tone(0.2))).status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_slot(server):
+    _, client = server
+    url = urlsplit(str(client.base_url))
+    clip = speechlike(LONG_CLIP_S)
+    request = client.build_request("POST", "/transcribe", files={"file": ("a", clip)})
+    body = request.read()
+    head = (
+        f"POST /transcribe HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-length: {len(body)}\r\n"
+        f"content-type: {request.headers['content-type']}\r\n\r\n"
+    ).encode()
+    for _ in range(3):
+        with socket.create_connection((url.hostname, url.port)) as connection:
+            connection.sendall(head + body)
+    pause = threading.Event()
+    for _ in range(200):
+        if metric(client, "speechllm_requests_admitted") == 0:
+            break
+        pause.wait(0.05)
+    assert metric(client, "speechllm_requests_admitted") == 0
+    assert metric(client, "speechllm_requests_in_flight") == 1  # this one
+
+
+def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(start_server, tiny_checkpoint):
+    with (
+        start_server(
+            "--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1",
+            "--max-batch-size", "8", "--max-wait-ms", "10000",
+        ) as (process, client),
+        ThreadPoolExecutor(1) as clients,
+    ):  # fmt: skip
+        # The wait for a fuller batch keeps the request in flight until the signal ends it.
+        work = clients.submit(post, client, encode(tone(1.0)))
+        pause = threading.Event()
+        with httpx.Client(base_url=client.base_url) as other:
+            while metric(other, "speechllm_requests_waiting") == 0:
+                pause.wait(0.02)
+            assert process.end(signal.SIGTERM) == 0
+        assert work.result().status_code == 200
+
+
+def test_a_port_in_use_is_one_clear_line(tiny_checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run_serve("--model", tiny_checkpoint, "--port", port)
+    assert ended.returncode == 1
+    assert ended.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
+    ended = run_serve("--model", tmp_path / "nothing", "--port", 0)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"error: cannot serve {tmp_path / 'nothing'}: ")
+
+
+def test_a_bad_option_is_one_clear_line():
+    ended = run_serve("--max-batch-size", 0)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: --max-batch-size / SPEECHLLM_MAX_BATCH_SIZE: ")
+
+
+def run_serve(*arguments):
+    command = [sys.executable, "-m", "server.cli", "serve", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
