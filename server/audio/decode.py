@@ -1,4 +1,4 @@
-"""Decode an upload into a mono waveform at 16 kHz, block by block, with limits enforced on the way.
+"""Decode an upload into a mono waveform at 16 kHz, with limits enforced on the way.
 
 libsndfile reads WAV, FLAC and MP3; FFmpeg (PyAV) reads OGG, which libsndfile refuses when it has no
 last page, and the rest. Neither is told what a file name says. FFmpeg's demuxer is pinned by the
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_BLOCK_FRAMES = 32_768
-_MAX_READ_CHANNELS = 64  # a WAV header can claim 65535, each costing a block's memory
 _DEMUXERS = {"ogg": "ogg", "mp4": "mov", "webm": "matroska", "adts": "aac"}
 _CODECS = {"aac", "alac", "flac", "mp3", "mp3float", "opus", "libopus", "vorbis"}
 # Floats scaled as 16-bit integers pass; the power spectrum of more would overflow in the log-mel.
@@ -59,9 +57,10 @@ def decode(data: bytes, limits: AudioLimits) -> Clip:
     """
     header = probe(data)
     check_header(header, limits)
-    blocks = (
-        _read_pyav(data, header) if header.container in _DEMUXERS else _read_soundfile(data, header)
-    )
+    if header.container in _DEMUXERS:
+        blocks = _read_pyav(data, header)
+    else:
+        blocks = _read_soundfile(data, header, limits)
     pieces: list[NDArray[np.float32]] = []
     frames = rate_hz = channels = 0
     resampler: soxr.ResampleStream | None = None
@@ -92,7 +91,7 @@ def _downmix(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     peak = float(np.abs(samples).max(initial=0.0))
     if not peak <= _MAX_AMPLITUDE:  # also true of NaN
         raise AudioNotFiniteError("the audio holds NaN, infinite or absurdly large samples")
-    return samples.mean(axis=1, dtype=np.float32)
+    return np.asarray(samples.mean(axis=1, dtype=np.float32))
 
 
 def _resample(
@@ -103,25 +102,30 @@ def _resample(
     return np.asarray(resampler.resample_chunk(mono), np.float32)
 
 
-def _read_soundfile(data: bytes, header: Probe) -> Iterator[_Block]:
-    frames = 0
-    announced = 0
+def _read_soundfile(data: bytes, header: Probe, limits: AudioLimits) -> Iterator[_Block]:
+    """Yield everything in one block, one frame more than allowed at most.
+
+    Not block by block: soundfile seeks after every read, and a seek within an MP3 loses the bits
+    that its next frames borrow from earlier ones.
+    """
+    is_open = False
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if file.channels > _MAX_READ_CHANNELS:
-                raise AudioUnsupportedError(f"{file.channels} channels")
+            is_open = True
+            check_format(file.samplerate, file.channels, limits)
+            most = int(limits.max_audio_s * file.samplerate) + 1
             announced = file.frames if file.format == "FLAC" and header.duration_s else 0
-            while len(samples := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-                frames += len(samples)
+            samples = file.read(most, dtype="float32", always_2d=True)
+            if len(samples):
                 yield _Block(samples, file.samplerate)
     except soundfile.LibsndfileError as error:
-        if not frames:
-            raise AudioUnreadableError(
-                f"the audio cannot be decoded: {error.error_string}"
-            ) from error
-        raise AudioTruncatedError("the audio breaks off within the file") from error
-    if frames < announced:
-        raise AudioTruncatedError(f"the audio breaks off after {frames} of {announced} samples")
+        if is_open:
+            raise AudioTruncatedError("the audio breaks off or is damaged") from error
+        raise AudioUnreadableError(f"the audio cannot be decoded: {error.error_string}") from error
+    if len(samples) < min(announced, most):
+        raise AudioTruncatedError(
+            f"the audio breaks off after {len(samples)} of {announced} samples"
+        )
 
 
 def _read_pyav(data: bytes, header: Probe) -> Iterator[_Block]:

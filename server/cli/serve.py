@@ -39,7 +39,7 @@ def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
             show_default=str(field.default),
         )
         # Typer shows the default; None tells a flag that was given from one that was not.
-        annotation: Any = Annotated[_flag_type(field.annotation) | None, option]  # type: ignore[valid-type]
+        annotation: Any = Annotated[_flag_type(field.annotation) | None, option]
         parameters.append(
             inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
