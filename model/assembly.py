@@ -23,11 +23,11 @@ from model.checkpoint import (
 from model.configuration import DEFAULT_PROMPT, SpeechLLMConfig
 from model.modeling import SpeechLLMForConditionalGeneration
 from model.processing import SpeechLLMProcessor
+from model.whisper_baseline import CTC_HEAD_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CTC_HEAD_FILE = "ctc_head.safetensors"
 AUDIO_TOKEN = "<|audio|>"  # noqa: S105 - a vocabulary entry
 
 

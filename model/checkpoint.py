@@ -165,7 +165,9 @@ def load_encoder(
     tensors = read_tensors(tensor_files(folder), ("model.encoder.", "encoder.", ""))
     wanted = encoder.state_dict()
     # A whole Whisper folder holds its decoder too, which the encoder's prefix leaves out.
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(("model.", "decoder.", "proj_"))}
+    tensors = {
+        k: v for k, v in tensors.items() if not k.startswith(("model.", "decoder.", "proj_"))
+    }
     check_tensors(tensors, wanted, f"{folder}")
     encoder.load_state_dict(
         {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()},
@@ -267,9 +269,7 @@ def load_processor(source: str | Path) -> SpeechLLMProcessor:
     return processor
 
 
-def check_processor(
-    processor: SpeechLLMProcessor, config: SpeechLLMConfig, origin: str
-) -> None:
+def check_processor(processor: SpeechLLMProcessor, config: SpeechLLMConfig, origin: str) -> None:
     """Raise CheckpointError where tokenizer or features do not fit the model."""
     tokenizer = processor.tokenizer
     pairs = {
@@ -330,7 +330,9 @@ def save_model(
 
 
 def _save_part(part: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
-    state: dict[str, Any] = {name: _stored(tensor, dtype) for name, tensor in part.state_dict().items()}
+    state: dict[str, Any] = {
+        name: _stored(tensor, dtype) for name, tensor in part.state_dict().items()
+    }
     part.save_pretrained(folder, state_dict=state)
 
 

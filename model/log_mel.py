@@ -65,7 +65,8 @@ def pad_waveforms(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     for index, waveform in enumerate(waveforms):
         if waveform.ndim != 1 or waveform.size == 0:
             raise ValueError(
-                f"waveform {index} must be mono with at least one sample, got shape {waveform.shape}"
+                f"waveform {index} must be mono with at least one sample, "
+                f"got shape {waveform.shape}"
             )
     sample_lens = torch.tensor([waveform.size for waveform in waveforms])
     batch = torch.zeros(len(waveforms), int(sample_lens.max()))
@@ -121,6 +122,8 @@ def log_mel_spectrogram(
     log_mel = (torch.maximum(log_mel, floor) + 4.0) / 4.0
     log_mel = log_mel[..., :n_frames]
     if not full_window:
-        valid = torch.arange(n_frames, device=log_mel.device) < frame_lens.to(log_mel.device)[:, None]
+        valid = (
+            torch.arange(n_frames, device=log_mel.device) < frame_lens.to(log_mel.device)[:, None]
+        )
         log_mel = log_mel * valid[:, None]
     return log_mel, frame_lens

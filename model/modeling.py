@@ -104,7 +104,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any  # noqa: ANN401
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        **kwargs: Any,  # noqa: ANN401
     ) -> SpeechLLMForConditionalGeneration:
         """Load a checkpoint folder or hub id; see `model.checkpoint.load_model`."""
         from model.checkpoint import load_model  # noqa: PLC0415 - it imports this module
@@ -161,7 +163,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         table = self.get_input_embeddings().weight
         return (stacked / mass).to(table.dtype) @ table
 
-    def forward(
+    def forward(  # noqa: PLR0913, PLR0917 - transformers' signature
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -233,7 +235,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             frame_lens=audio.frame_lens if audio is not None else None,
         )
 
-    def _insert_audio(self, input_ids: Tensor, inputs_embeds: Tensor, audio: EmbeddedAudio) -> Tensor:
+    def _insert_audio(
+        self, input_ids: Tensor, inputs_embeds: Tensor, audio: EmbeddedAudio
+    ) -> Tensor:
         positions = input_ids == self.config.audio_token_id
         wanted, given = positions.sum(1), audio.audio_lens.to(positions.device)
         if not torch.equal(wanted, given):
@@ -246,7 +250,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return inputs_embeds.masked_scatter(positions[..., None], packed)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool = False, **kwargs: Any  # noqa: ANN401
+        self,
+        input_ids: Tensor,
+        is_first_iteration: bool = False,
+        **kwargs: Any,  # noqa: ANN401
     ) -> dict[str, Any]:
         """Give the audio to the first step only; later ones read it from the cache."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(

@@ -46,7 +46,7 @@ class PromptIds:
 class SpeechLLMProcessor(ProcessorMixin):
     """Turn audio (and, for training, transcripts) into a speech LLM's inputs."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - what processor_config.json stores
         self,
         feature_extractor: WhisperFeatureExtractor,
         tokenizer: PreTrainedTokenizerBase,

@@ -13,7 +13,13 @@ from model.connectors.stack import StackConnector, StackConnectorConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["StackConnector", "StackConnectorConfig", "connector_config", "make_connector", "output_lens"]
+__all__ = [
+    "StackConnector",
+    "StackConnectorConfig",
+    "connector_config",
+    "make_connector",
+    "output_lens",
+]
 
 _REGISTRY = {"stack": (StackConnector, StackConnectorConfig)}
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from model.ctc import ctc_greedy, ctc_loss
+from model.ctc import ctc_loss
 from model.data.augmentation import (
     FeatureAugmentConfig,
     SpecAugmentConfig,
@@ -77,13 +77,11 @@ class CachedBatches:
         clips: Sequence[tuple[FeatureCache, CachedClip]],
         groups: Sequence[list[int]],
         batches: list[list[int]],
-        gap_seed: tuple[int, int],
         joiner: list[int],
     ) -> None:
         self._clips = clips
         self._groups = groups
         self._batches = batches
-        self._gap_seed = gap_seed
         self._joiner = joiner
 
     def __len__(self) -> int:
@@ -148,9 +146,7 @@ class CachedData:
             world_size=world_size,
         )
         sampler.set_epoch(epoch)
-        return CachedBatches(
-            self._clips, groups, list(sampler), (self._seed, epoch), self._joiner
-        )
+        return CachedBatches(self._clips, groups, list(sampler), self._joiner)
 
 
 class ConnectorObjective(nn.Module):
@@ -234,7 +230,7 @@ def add_lora(model: SpeechLLMForConditionalGeneration, settings: LoraSettings) -
 class ConnectorStage:
     """`speechllm train connector`: see `model.training.loop.Stage`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - model, data and how
         self,
         model: SpeechLLMForConditionalGeneration,
         processor: SpeechLLMProcessor,

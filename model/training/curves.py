@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 if TYPE_CHECKING:
     from pathlib import Path
 
+_FEW_POINTS = 30
 _NOT_CURVES = {"step", "epoch", "elapsed_s"}
 
 
@@ -33,7 +34,7 @@ def plot_curves(metrics: Path, image: Path) -> None:
         axis.set_visible(False)
     for axis, name in zip(axes.flat, names, strict=False):
         points = [(record["step"], record[name]) for record in records if name in record]
-        axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None)
+        axis.plot(*zip(*points, strict=True), marker="." if len(points) < _FEW_POINTS else None)
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("optimiser step")
         axis.grid(alpha=0.3)

@@ -15,7 +15,6 @@ import math
 import shutil
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -29,6 +28,7 @@ from model.training.curves import plot_curves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -81,7 +81,8 @@ class EpochBatches(Protocol):
 
     def __len__(self) -> int: ...
 
-    def iterate(self, start: int) -> Iterator[Batch]: ...
+    def iterate(self, start: int) -> Iterator[Batch]:
+        """Yield the batches from index `start` on."""
 
 
 @dataclass(slots=True)
@@ -124,7 +125,9 @@ def learning_rate_factor(config: LoopConfig, step: int, done: float) -> float:
 class TrainingLoop:
     """Train one stage into `output`, resuming what a killed run left there."""
 
-    def __init__(self, stage: Stage, config: LoopConfig, output: Path, identity: dict[str, Any]):
+    def __init__(
+        self, stage: Stage, config: LoopConfig, output: Path, identity: dict[str, Any]
+    ) -> None:
         """Prepare the run folder.
 
         Args:

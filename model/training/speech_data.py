@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from model.data.manifest import Utterance
 
-Tokenise = "Callable[[str], list[int]]"
+    Tokenise = Callable[[str], list[int]]
 
 
 class SpeechDataConfig(BaseModel):
@@ -91,7 +91,9 @@ class _Examples(Dataset[tuple[np.ndarray, str]]):
 class SpeechBatches:
     """One epoch of audio batches; see `EpochBatches`."""
 
-    def __init__(self, dataset: _Examples, batches: list[list[int]], tokenise: Tokenise, workers: int):
+    def __init__(
+        self, dataset: _Examples, batches: list[list[int]], tokenise: Tokenise, workers: int
+    ) -> None:
         self._dataset = dataset
         self._batches = batches
         self._tokenise = tokenise
@@ -151,17 +153,16 @@ class SpeechData:
         self._config = config
         self._tokenise = tokenise
         self._seed = seed
-        self._augmenter = self._make_augmenter() if config.augment else None
+        self._augmenter = (
+            WaveformAugmenter(AugmentationConfig(), load_noises(config.noise_dir))
+            if config.augment
+            else None
+        )
 
     @property
     def hours(self) -> float:
         """Hours of audio in an epoch."""
         return sum(utterance.duration for utterance in self._utterances) / 3600
-
-    def _make_augmenter(self) -> WaveformAugmenter:
-        noise_dir = self._config.noise_dir
-        paths = sorted(noise_dir.iterdir()) if noise_dir is not None else []
-        return WaveformAugmenter(AugmentationConfig(), [load_audio(path) for path in paths])
 
     def _plan(self, epoch: int) -> list[_Example]:
         durations = [utterance.duration for utterance in self._utterances]
@@ -190,6 +191,12 @@ class SpeechData:
         sampler.set_epoch(epoch)
         dataset = _Examples(self._utterances, examples, self._augmenter, self._config.max_audio_s)
         return SpeechBatches(dataset, list(sampler), self._tokenise, self._config.workers)
+
+
+def load_noises(folder: Path | str | None) -> list[np.ndarray]:
+    """Recordings of noise in `folder`, none without one."""
+    paths = sorted(Path(folder).iterdir()) if folder is not None else []
+    return [load_audio(path) for path in paths if path.is_file()]
 
 
 def pad_targets(target_ids: list[list[int]], pad_id: int) -> torch.Tensor:

@@ -5,8 +5,6 @@ Axis legend: B clips, L decoder tokens, F encoder frames, V vocabulary.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jiwer
@@ -23,9 +21,11 @@ from model.data.augmentation import SpecAugmentConfig, spec_augment
 from model.encoder import EncoderMode, encode, length_mask
 from model.log_mel import log_mel_spectrogram
 from model.training.speech_data import SpeechBatches, SpeechData, SpeechDataConfig, pad_targets
+from model.whisper_baseline import CTC_HEAD_FILE, decoder_prefix, masked_cross_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
@@ -95,47 +95,12 @@ def _start_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(start if isinstance(start, int) else tokenizer.eos_token_id)
 
 
-def decoder_prefix(tokenizer: PreTrainedTokenizerBase, start_id: int, language: str | None) -> list[int]:
-    """Tokens the decoder is given before the transcript.
-
-    Whisper's own multilingual tokenizers want a language and a task; others only a start token.
-    """
-    vocabulary = tokenizer.get_vocab()
-    wanted = ["<|startoftranscript|>"]
-    if language is not None and f"<|{language}|>" in vocabulary:
-        wanted += [f"<|{language}|>", "<|transcribe|>"]
-    wanted.append("<|notimestamps|>")
-    if not all(token in vocabulary for token in wanted):
-        return [start_id]
-    return [vocabulary[token] for token in wanted]
-
-
-@contextmanager
-def masked_cross_attention(whisper: Whisper, frame_mask: Tensor) -> Iterator[None]:
-    """Hide padded encoder frames (mask (B, F) bool) from the decoder.
-
-    transformers' Whisper always attends a full 30 s window, so that its decoder takes no mask.
-    """
-    mask = frame_mask[:, None, None, :]
-
-    def add_mask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        return args, {**kwargs, "attention_mask": mask}
-
-    handles = [
-        layer.encoder_attn.register_forward_pre_hook(add_mask, with_kwargs=True)
-        for layer in whisper.model.decoder.layers
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class WhisperObjective(nn.Module):
     """Cross-entropy of the decoder, interpolated with CTC on the encoder if wanted."""
 
-    def __init__(self, whisper: Whisper, config: WhisperStageConfig, prefix: list[int], eos_id: int):
+    def __init__(
+        self, whisper: Whisper, config: WhisperStageConfig, prefix: list[int], eos_id: int
+    ) -> None:
         super().__init__()
         self.whisper = whisper
         self.config = config
@@ -271,9 +236,12 @@ class WhisperStage:
     def save(self, folder: Path) -> None:
         """Write a Hugging Face Whisper folder, and the CTC head beside it."""
         self.whisper.config.encoder_mode = self.config.encoder_mode
+        self.whisper.config.decoder_prefix_ids = self._module.prefix
         self.whisper.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        WhisperFeatureExtractor(feature_size=self.whisper.config.num_mel_bins).save_pretrained(folder)
+        WhisperFeatureExtractor(feature_size=self.whisper.config.num_mel_bins).save_pretrained(
+            folder
+        )
         if self._module.ctc_head is not None:
             state = {k: v.detach().cpu() for k, v in self._module.ctc_head.state_dict().items()}
-            save_file(state, folder / "ctc_head.safetensors")
+            save_file(state, folder / CTC_HEAD_FILE)

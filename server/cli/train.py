@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ from server.cli.failures import user_errors
 if TYPE_CHECKING:
     from model.data.manifest import Utterance
     from model.training.loop import LoopConfig, Stage
-    from model.training.speech_data import SpeechDataConfig
 
 train_app = typer.Typer(no_args_is_help=True, help="Train a stage; every one resumes after a kill.")
 
@@ -108,7 +106,9 @@ def train_whisper(
         ctc_weight=ctc_weight, label_smoothing=label_smoothing, dropout=dropout,
         spec_augment=spec_augment, new_parameters_lr_scale=new_parameters_lr_scale, data=data,
     )  # fmt: skip
-    stage = WhisperStage(config, _read(manifest, audio_root), _read(dev, audio_root), language, seed)
+    stage = WhisperStage(
+        config, _read(manifest, audio_root), _read(dev, audio_root), language, seed
+    )
     _run(stage, loop, output, {"kind": "whisper", **config.model_dump(mode="json")})
 
 
@@ -139,7 +139,9 @@ def train_connector(
     ),
     train_encoder: Annotated[bool, typer.Option(help="Train the encoder too.")] = False,
     train_llm: Annotated[bool, typer.Option(help="Train the whole LLM.")] = False,
-    random_encoder: Annotated[bool, typer.Option(help="Random encoder weights (ablation).")] = False,
+    random_encoder: Annotated[
+        bool, typer.Option(help="Random encoder weights (ablation).")
+    ] = False,
     encoder_lr_scale: Annotated[float, typer.Option()] = 0.2,
     llm_lr_scale: Annotated[float, typer.Option()] = 0.5,
     ctc_weight: Annotated[float, typer.Option(help="Weight of the auxiliary CTC loss.")] = 0.2,
@@ -155,7 +157,9 @@ def train_connector(
     max_audio_s: MaxAudio = 30.0,
     concatenation: Concatenation = 0.0,
     augment: Augment = False,
-    spec_augment: Annotated[bool, typer.Option(help="SpecAugment, or its like on features.")] = True,
+    spec_augment: Annotated[
+        bool, typer.Option(help="SpecAugment, or its like on features.")
+    ] = True,
     noise_dir: NoiseDir = None,
     workers: Workers = 1,
     max_steps: MaxSteps = None,
@@ -213,7 +217,12 @@ def train_connector(
         identity = fingerprint(speech_llm, processor)
         train = merge_clips(FeatureCache(folder, identity) for folder in cache)
     stage = ConnectorStage(speech_llm, processor, config, train, _read(dev, audio_root), seed)
-    record = {"kind": "connector", "model": model, "parts": str(parts), **config.model_dump(mode="json")}
+    record = {
+        "kind": "connector",
+        "model": model,
+        "parts": str(parts),
+        **config.model_dump(mode="json"),
+    }
     _run(stage, loop, output, record)
 
 
@@ -231,3 +240,83 @@ def train_tokenizer_command(
     tokenizer = train_tokenizer(lines, vocab_size)
     tokenizer.save_pretrained(output)
     typer.echo(f"{len(tokenizer)} entries, written to {output}")
+
+
+@train_app.command("lm")
+@user_errors
+def train_language_model(
+    text: Annotated[list[Path], typer.Option(help="Text, or JSONL manifests; repeatable.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder of the tokenizer.")],
+    output: Output,
+    dev_text: Annotated[list[Path] | None, typer.Option(help="Held-out text.")] = None,
+    hidden_size: Annotated[int, typer.Option()] = 384,
+    intermediate_size: Annotated[int, typer.Option()] = 960,
+    layers: Annotated[int, typer.Option()] = 6,
+    heads: Annotated[int, typer.Option()] = 6,
+    key_value_heads: Annotated[int, typer.Option()] = 2,
+    reading: Annotated[float, typer.Option(help="Share of sentences read from a copy.")] = 0.8,
+    prompt: Annotated[str, typer.Option(help="What the user turn asks.")] = "",
+    batch_tokens: Annotated[int, typer.Option(help="Padded target tokens in a batch.")] = 4096,
+    epochs: Epochs = 10,
+    learning_rate: LearningRate = 1e-3,
+    warmup_steps: Warmup = 200,
+    weight_decay: WeightDecay = 0.05,
+    grad_accumulation: Accumulation = 1,
+    precision: Precision = "bf16",
+    seed: Seed = 0,
+    max_steps: MaxSteps = None,
+    save_every_s: SaveEvery = 300.0,
+    tensorboard: Tensorboard = False,
+) -> None:
+    """Pre-train a small Qwen2 on text, where no published LLM can be had."""
+    from model.training.language_model import LanguageModelConfig, LanguageModelStage, read_lines
+    from model.training.loop import LoopConfig
+
+    loop = LoopConfig(
+        epochs=epochs, learning_rate=learning_rate, warmup_steps=warmup_steps,
+        weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,  # type: ignore[arg-type]
+        seed=seed, max_steps=max_steps, save_every_s=save_every_s, tensorboard=tensorboard,
+    )  # fmt: skip
+    config = LanguageModelConfig(
+        tokenizer=tokenizer, hidden_size=hidden_size, intermediate_size=intermediate_size,
+        layers=layers, heads=heads, key_value_heads=key_value_heads, reading=reading,
+        prompt=prompt, batch_tokens=batch_tokens,
+    )  # fmt: skip
+    stage = LanguageModelStage(config, read_lines(text), read_lines(dev_text or []), seed)
+    _run(stage, loop, output, {"kind": "lm", **config.model_dump(mode="json")})
+
+
+@user_errors
+def cache(
+    manifest: Manifests,
+    output: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    encoder: Annotated[str, typer.Option(help="Folder or hub id.")] = "openai/whisper-tiny",
+    llm: Annotated[
+        str, typer.Option(help="Folder or hub id; its tokenizer makes the targets.")
+    ] = "Qwen/Qwen2.5-0.5B-Instruct",
+    encoder_mode: Annotated[
+        str | None, typer.Option(help="padded or trimmed; default: as the encoder was tuned.")
+    ] = None,
+    audio_root: AudioRoot = None,
+    plain_copies: Annotated[int, typer.Option(help="0 leaves the plain recordings out.")] = 1,
+    augmented_copies: Annotated[int, typer.Option(help="Augmented copies of each clip.")] = 0,
+    noise_dir: NoiseDir = None,
+    max_batch_audio_s: BatchSeconds = 120.0,
+    max_audio_s: MaxAudio = 30.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Store encoder outputs and token ids, so that `train connector` need not encode again."""
+    from model.assembly import Parts, assemble
+    from model.training.caching import CachingConfig, write_cache
+    from model.transcription import pick_device
+
+    model, processor = assemble(Parts(encoder=encoder, llm=llm, encoder_mode=encoder_mode))
+    config = CachingConfig(
+        plain_copies=plain_copies, augmented_copies=augmented_copies,
+        noise_dir=str(noise_dir) if noise_dir else None, max_batch_audio_s=max_batch_audio_s,
+        max_audio_s=max_audio_s, seed=seed,
+    )  # fmt: skip
+    model = model.to(pick_device(device))
+    count = write_cache(model, processor, _read(manifest, audio_root), config, output)
+    typer.echo(f"{count} clips in {output}")

@@ -1,0 +1,264 @@
+"""Pre-train a small Qwen2 on text, for places where no published LLM can be had.
+
+Besides plain language modelling the LM learns to read: the audio positions of its prompt hold the
+embeddings of a corrupted copy of the sentence, laid out in time as a fused CTC head will lay out
+its posteriors. A speech LLM whose connector then starts to train need not learn to look at the
+audio from nothing.
+
+Axis legend: B sentences, L sequence positions, N audio positions, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, WhisperFeatureExtractor
+
+from model.assembly import prepare_tokenizer
+from model.modeling import IGNORED_LABEL
+from model.processing import SpeechLLMProcessor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+SILENT = -1  # an audio position at which nothing was heard
+
+
+class LanguageModelConfig(BaseModel):
+    """Sizes of the LM and shares of what it learns."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tokenizer: str
+    hidden_size: int = Field(384, ge=8)
+    intermediate_size: int = Field(960, ge=8)
+    layers: int = Field(6, ge=1)
+    heads: int = Field(6, ge=1)
+    key_value_heads: int = Field(2, ge=1)
+    max_positions: int = Field(2048, ge=64)
+    reading: float = Field(0.8, ge=0, le=1, description="share of sentences that are read")
+    max_word_errors: float = Field(0.35, ge=0, le=1, description="of a corrupted copy's words")
+    positions_per_s: float = Field(12.5, gt=0, description="audio positions, of the connector")
+    prompt: str = ""
+    batch_tokens: int = Field(4096, ge=64, description="padded target tokens in a batch")
+
+
+def corrupt_words(text: str, rate: float, rng: np.random.Generator) -> str:
+    """Misspell, split or drop words, each with probability `rate`.
+
+    The result looks like what a CTC head without a language model writes.
+    """
+    words = [_corrupt(word, text, rng) if rng.random() < rate else word for word in text.split()]
+    return " ".join(word for word in words if word)
+
+
+def _corrupt(word: str, text: str, rng: np.random.Generator) -> str:
+    at = int(rng.integers(len(word)))
+    other = text[int(rng.integers(len(text)))].strip() or word[0]
+    variants = (
+        word[:at] + word[at + 1 :],  # a letter less
+        word[:at] + other + word[at + 1 :],  # another letter
+        word[:at] + other + word[at:],  # a letter more
+        word[:at] + " " + word[at:],
+        word[: max(1, at)],
+        "",
+    )
+    return variants[rng.integers(len(variants))]
+
+
+def lay_out(
+    ids: Sequence[int], rng: np.random.Generator, vocab_size: int, rate: float
+) -> list[int]:
+    """Spread token ids over audio positions, with silence between and a few wrong tokens."""
+    pace = rng.uniform(0.8, 2.5)
+    positions = [SILENT] * int(rng.integers(0, 6))
+    for token in ids:
+        heard = int(rng.integers(vocab_size)) if rng.random() < rate / 4 else token
+        if rng.random() >= rate / 8:
+            positions.append(heard)
+        positions += [SILENT] * int(rng.poisson(pace))
+    return positions + [SILENT] * int(rng.integers(0, 6))
+
+
+class TextBatches:
+    """One epoch of text batches; see `model.training.loop.EpochBatches`."""
+
+    def __init__(
+        self,
+        sentences: Sequence[list[int]],
+        texts: Sequence[str],
+        batches: list[list[int]],
+        seed: tuple[int, int],
+        stage: LanguageModelStage,
+    ) -> None:
+        self._sentences = sentences
+        self._texts = texts
+        self._batches = batches
+        self._seed = seed
+        self._stage = stage
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def iterate(self, start: int) -> Iterator[dict[str, Any]]:
+        """Yield batches from index `start` on."""
+        config, processor = self._stage.config, self._stage.processor
+        for number, batch in enumerate(self._batches[start:], start=start):
+            rng = np.random.default_rng((*self._seed, number))
+            heard: list[list[int]] = []
+            for index in batch:
+                if rng.random() >= config.reading:
+                    heard.append([])
+                    continue
+                rate = rng.uniform(0, config.max_word_errors)
+                copy = processor.text_ids(corrupt_words(self._texts[index], rate, rng))
+                heard.append(lay_out(copy, rng, self._stage.vocab_size, rate))
+            targets = [self._sentences[index] for index in batch]
+            sequence = processor.sequences([len(ids) for ids in heard], targets)
+            yield {
+                **sequence,
+                "heard": torch.tensor([token for ids in heard for token in ids], dtype=torch.long),
+                "audio_s": sum(len(ids) for ids in heard) / config.positions_per_s,
+            }
+
+
+class LanguageModelObjective(nn.Module):
+    """Next-token cross-entropy on sentence and EOS."""
+
+    def __init__(self, llm: Qwen2ForCausalLM, audio_token_id: int) -> None:
+        super().__init__()
+        self.llm = llm
+        self.audio_token_id = audio_token_id
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Compute the loss of one batch of `TextBatches`."""
+        device = self.llm.device
+        input_ids, heard = batch["input_ids"].to(device), batch["heard"].to(device)
+        embedding = self.llm.get_input_embeddings()
+        audio_embeds = embedding(heard.clamp(min=0)) * (heard != SILENT)[:, None]
+        if self.training:
+            # A posterior is rarely certain: shrink what is heard by a random confidence.
+            audio_embeds = audio_embeds * torch.empty_like(audio_embeds[:, :1]).uniform_(0.5, 1.0)
+        inputs_embeds = embedding(input_ids).masked_scatter(
+            (input_ids == self.audio_token_id)[..., None], audio_embeds.to(embedding.weight.dtype)
+        )
+        logits = self.llm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=batch["attention_mask"].to(device),
+            use_cache=False,
+        ).logits
+        loss = functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1),
+            batch["labels"][:, 1:].flatten().to(device),
+            ignore_index=IGNORED_LABEL,
+        )
+        return {"loss": loss}
+
+
+class LanguageModelStage:
+    """`speechllm train lm`: see `model.training.loop.Stage`."""
+
+    def __init__(
+        self, config: LanguageModelConfig, lines: Sequence[str], dev: Sequence[str], seed: int
+    ) -> None:
+        """Make a Qwen2 with random weights.
+
+        Raises:
+            ValueError: no line of text.
+        """
+        self.config = config
+        tokenizer = prepare_tokenizer(config.tokenizer)
+        self.processor = SpeechLLMProcessor(
+            WhisperFeatureExtractor(), tokenizer, prompt=config.prompt
+        )
+        self.vocab_size = len(tokenizer)
+        self._texts = [line for line in lines if line.strip()]
+        if not self._texts:
+            raise ValueError("there is no line of text to train on")
+        self._dev_texts = [line for line in dev if line.strip()]
+        self._seed = seed
+        torch.manual_seed(seed)
+        self.llm = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=self.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.key_value_heads,
+                max_position_embeddings=config.max_positions,
+                tie_word_embeddings=True,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        self.llm.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        self._module = LanguageModelObjective(self.llm, self.processor.audio_token_id)
+        self._sentences = [self.processor.text_ids(text) for text in self._texts]
+        self._dev_sentences = [self.processor.text_ids(text) for text in self._dev_texts]
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective over the LM."""
+        return self._module
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Everything."""
+        return [{"params": list(self.llm.parameters())}]
+
+    def epoch(self, epoch: int, rank: int, world_size: int) -> TextBatches:
+        """Plan one epoch."""
+        return self._plan(self._sentences, self._texts, epoch, rank, world_size)
+
+    def _plan(
+        self, sentences: Sequence[list[int]], texts: Sequence[str], epoch: int, rank: int, size: int
+    ) -> TextBatches:
+        rng = np.random.default_rng((self._seed, epoch))
+        order = sorted(
+            range(len(sentences)), key=lambda i: len(sentences[i]) * rng.uniform(0.9, 1.1)
+        )
+        batches: list[list[int]] = [[]]
+        longest = 0
+        for index in order:
+            longest = max(longest, len(sentences[index]) + 1)
+            if batches[-1] and longest * (len(batches[-1]) + 1) > self.config.batch_tokens:
+                batches.append([])
+                longest = len(sentences[index]) + 1
+            batches[-1].append(index)
+        shuffled = [batches[i] for i in rng.permutation(len(batches))]
+        usable = len(shuffled) // size * size or len(shuffled)
+        return TextBatches(sentences, texts, shuffled[rank:usable:size], (self._seed, epoch), self)
+
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        """Mean loss on held-out text, corrupted as in training."""
+        if not self._dev_texts:
+            return {}
+        batches = self._plan(self._dev_sentences, self._dev_texts, 0, 0, 1)
+        losses = [float(module(batch)["loss"]) for batch in batches.iterate(0)]
+        return {"loss": sum(losses) / len(losses)}
+
+    def save(self, folder: Path) -> None:
+        """Write a Hugging Face causal LM folder with its tokenizer."""
+        self.llm.save_pretrained(folder)
+        self.processor.tokenizer.save_pretrained(folder)
+
+
+def read_lines(paths: Sequence[Path]) -> list[str]:
+    """Lines of text files; of JSONL manifests, their texts."""
+    return [
+        str(json.loads(line).get("text") or "") if path.suffix == ".jsonl" else line
+        for path in paths
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
