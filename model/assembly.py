@@ -70,9 +70,7 @@ def prepare_tokenizer(source: str) -> PreTrainedTokenizerBase:
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     if AUDIO_TOKEN not in vocabulary:
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": [AUDIO_TOKEN]}, replace_additional_special_tokens=False
-        )
+        tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     return tokenizer
 
 

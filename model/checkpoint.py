@@ -15,6 +15,7 @@ wanted and fit.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import logging as hf_logging
 
 from model.configuration import SpeechLLMConfig
 from model.modeling import SpeechLLMForConditionalGeneration
 from model.processing import SpeechLLMProcessor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -42,6 +44,20 @@ _READ = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the fault."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars and load reports off stderr; our errors say it all."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def resolve(source: str | Path, base: Path | None = None, revision: str | None = None) -> Path:
@@ -151,9 +167,10 @@ def load_config(folder: Path) -> SpeechLLMConfig:
             f"{path}: model_type is {kind!r}, wanted {SpeechLLMConfig.model_type!r}"
         )
     try:
-        return SpeechLLMConfig.from_dict(fields)
+        config: SpeechLLMConfig = SpeechLLMConfig.from_dict(fields)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    return config
 
 
 def load_encoder(
@@ -181,15 +198,16 @@ def load_llm(
 ) -> PreTrainedModel:
     """Load any causal LM of transformers, whole or sharded."""
     tensor_files(folder)  # refuses pickles and missing shards before transformers looks
-    llm, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config.llm_config,
-        dtype=dtype or "auto",
-        use_safetensors=True,
-        trust_remote_code=False,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    with quiet_transformers():
+        llm, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config.llm_config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     faults += [f"{name} is not part of this model" for name in sorted(info["unexpected_keys"])]
     faults += [
@@ -242,7 +260,8 @@ def load_model(
     )
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.to(device).eval()
+    model.to(device).eval()
+    return model
 
 
 def _load_lora(llm: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
@@ -262,7 +281,7 @@ def load_processor(source: str | Path) -> SpeechLLMProcessor:
     folder = resolve(source)
     config = load_config(folder)
     try:
-        processor = SpeechLLMProcessor.from_pretrained(folder)
+        processor: SpeechLLMProcessor = SpeechLLMProcessor.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder}: cannot read the processor: {error}") from error
     check_processor(processor, config, str(folder))
@@ -330,10 +349,13 @@ def save_model(
 
 
 def _save_part(part: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
-    state: dict[str, Any] = {
-        name: _stored(tensor, dtype) for name, tensor in part.state_dict().items()
+    state = {
+        name.replace(".base_layer.", "."): _stored(tensor, dtype)
+        for name, tensor in part.state_dict().items()
+        if ".lora_" not in name  # an adapter that wraps these layers is stored on its own
     }
-    part.save_pretrained(folder, state_dict=state)
+    with quiet_transformers():
+        part.save_pretrained(folder, state_dict=state)
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -69,4 +69,5 @@ def _encode_trimmed(
     )
     for layer in encoder.layers:
         hidden = layer(hidden, attention_mask)
-    return encoder.layer_norm(hidden)
+    normalised: Tensor = encoder.layer_norm(hidden)
+    return normalised

@@ -103,7 +103,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Leave the parts alone: each was initialised, or loaded, on its own."""
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         **kwargs: Any,  # noqa: ANN401
@@ -115,7 +115,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs.pop(name)
         return load_model(pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ANN401
         """Write the checkpoint folder; see `model.checkpoint.save_model`."""
         from model.checkpoint import save_model  # noqa: PLC0415 - it imports this module
 
@@ -123,7 +123,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's token embedding."""
-        return self.llm.get_input_embeddings()
+        embeddings: nn.Module = self.llm.get_input_embeddings()
+        return embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the LLM's token embedding."""
@@ -131,7 +132,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The LLM's output layer."""
-        return self.llm.get_output_embeddings()
+        embeddings: nn.Module = self.llm.get_output_embeddings()
+        return embeddings
 
     def encode(self, input_features: Tensor, feature_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Run the encoder: (B, M, T) log-mel -> (B, F, D_enc) frames and their lengths (B,)."""
@@ -160,8 +162,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         stacked = stack_frames(posteriors, frame_lens, stack_size)  # (B, N, S*V)
         stacked = stacked.unflatten(-1, (stack_size, -1)).sum(-2)  # (B, N, V)
         mass = stacked.sum(-1, keepdim=True).clamp(min=1.0)
-        table = self.get_input_embeddings().weight
-        return (stacked / mass).to(table.dtype) @ table
+        table: Tensor = self.llm.get_input_embeddings().weight
+        expected: Tensor = (stacked / mass).to(table.dtype) @ table
+        return expected
 
     def forward(  # noqa: PLR0913, PLR0917 - transformers' signature
         self,
@@ -200,14 +203,19 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Loss (the mean over labelled positions), logits, cache, CTC logits.
 
         Raises:
-            ValueError: audio positions and audio embeddings differ in number.
+            ValueError: audio positions and audio embeddings differ in number, or audio comes
+                without its lengths.
         """
+        if (input_features is None) != (feature_lens is None):
+            raise ValueError("input_features and feature_lens belong together")
+        if (encoder_frames is None) != (frame_lens is None):
+            raise ValueError("encoder_frames and frame_lens belong together")
         audio = None
-        if input_features is not None:
+        if input_features is not None and feature_lens is not None:
             encoder_frames, frame_lens = self.encode(input_features, feature_lens)
-        if encoder_frames is not None:
+        if encoder_frames is not None and frame_lens is not None:
             audio = self.embed_audio(encoder_frames, frame_lens)
-        if inputs_embeds is None:
+        if input_ids is not None and inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if audio is not None:
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio)

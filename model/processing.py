@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
@@ -25,7 +26,6 @@ from model.modeling import IGNORED_LABEL
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
@@ -187,7 +187,7 @@ class SpeechLLMProcessor(ProcessorMixin):
             batch["labels"] = _pad(labels, IGNORED_LABEL, on_left=on_left)
         return batch
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         audio: np.ndarray | Sequence[np.ndarray],
         text: str | Sequence[str] | None = None,
@@ -213,7 +213,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         """
         if sampling_rate != SAMPLE_RATE_HZ:
             raise ValueError(f"audio must be sampled at {SAMPLE_RATE_HZ} Hz, got {sampling_rate}")
-        clips = [audio] if not isinstance(audio, (list, tuple)) else list(audio)
+        clips = [audio] if isinstance(audio, np.ndarray) else list(audio)
         texts = [text] if isinstance(text, str) else text
         prompts = [prompt] * len(clips) if isinstance(prompt, str) or prompt is None else prompt
         if (texts is not None and len(texts) != len(clips)) or len(prompts) != len(clips):

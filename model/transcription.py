@@ -118,12 +118,14 @@ class Transcriber:
     @property
     def config(self) -> SpeechLLMConfig:
         """The checkpoint's configuration."""
-        return self.model.config
+        config: SpeechLLMConfig = self.model.config
+        return config
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def max_audio_s(self) -> float:
@@ -161,7 +163,8 @@ class Transcriber:
         started = time.perf_counter()
         features, feature_lens = self.processor.features(waveforms, self.device)
         frames, frame_lens = self.model.encode(features, feature_lens)
-        frames.sum().item() if self.device.type == "cuda" else None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         encoded = time.perf_counter()
         budgets = [token_budget(self.config, duration) for duration in durations_s]
         if max_new_tokens is not None:
@@ -194,12 +197,12 @@ class Transcriber:
         head = self.model.ctc_head
         if head is None:
             return [None] * len(frames)
-        blank_id = int(self.config.pad_token_id)
-        paths = ctc_greedy(head(frames.to(head.weight.dtype)), frame_lens, blank_id)
+        logits = head(frames.to(head.weight.dtype))
+        paths = ctc_greedy(logits, frame_lens, self.processor.tokenizer.pad_token_id)
         return [self.processor.decode_transcript(path) for path in paths]
 
     def _transcript(self, ids: list[int], budget: int, ctc_text: str | None) -> Transcript:
-        eos_id = self.config.eos_token_id
+        eos_id = int(self.processor.tokenizer.eos_token_id)
         ids = ids[:budget]
         stopped = eos_id in ids
         if stopped:

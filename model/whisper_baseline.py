@@ -127,7 +127,8 @@ class WhisperTranscriber:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.whisper.device
+        device: torch.device = self.whisper.device
+        return device
 
     @torch.inference_mode()
     def transcribe(

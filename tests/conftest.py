@@ -51,12 +51,16 @@ def make_tiny_checkpoint(folder: Path, **overrides: object) -> None:
     fields: dict[str, object] = {
         "encoder_config": WhisperConfig(
             d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
-            decoder_layers=1, vocab_size=len(tokenizer), pad_token_id=0,
+            decoder_layers=1, vocab_size=len(tokenizer),
+            pad_token_id=0, bos_token_id=2, eos_token_id=2, decoder_start_token_id=1,
+            # Wide enough that answers depend on the audio.
+            init_std=0.2,
         ),
         "llm_config": Qwen2Config(
             vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-            tie_word_embeddings=True,
+            tie_word_embeddings=True, initializer_range=0.2,
+            bos_token_id=None, eos_token_id=2, pad_token_id=0,
         ),
         "connector": {"type": "stack", "stack_size": 4, "hidden_size": 64},
         "ctc": "fused",

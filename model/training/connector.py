@@ -101,7 +101,8 @@ class CachedBatches:
             }
 
     def _join(self, group: list[int]) -> tuple[Tensor, list[int]]:
-        parts, tokens = [], []
+        parts: list[Tensor] = []
+        tokens: list[int] = []
         for index in group:
             cache, clip = self._clips[index]
             frames, ids = cache[clip]

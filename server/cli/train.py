@@ -94,7 +94,7 @@ def train_whisper(
 
     loop = LoopConfig(
         epochs=epochs, learning_rate=learning_rate, warmup_steps=warmup_steps,
-        weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,  # type: ignore[arg-type]
+        weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,
         seed=seed, max_steps=max_steps, save_every_s=save_every_s, tensorboard=tensorboard,
     )  # fmt: skip
     data = SpeechDataConfig(
@@ -102,7 +102,7 @@ def train_whisper(
         augment=augment, noise_dir=noise_dir, workers=workers,
     )  # fmt: skip
     config = WhisperStageConfig(
-        whisper=whisper, tokenizer=tokenizer, init=init, encoder_mode=encoder_mode,  # type: ignore[arg-type]
+        whisper=whisper, tokenizer=tokenizer, init=init, encoder_mode=encoder_mode,
         ctc_weight=ctc_weight, label_smoothing=label_smoothing, dropout=dropout,
         spec_augment=spec_augment, new_parameters_lr_scale=new_parameters_lr_scale, data=data,
     )  # fmt: skip
@@ -179,7 +179,7 @@ def train_connector(
         raise typer.BadParameter("give either --manifest or --cache")
     loop = LoopConfig(
         epochs=epochs, learning_rate=learning_rate, warmup_steps=warmup_steps,
-        weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,  # type: ignore[arg-type]
+        weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,
         seed=seed, max_steps=max_steps, save_every_s=save_every_s, tensorboard=tensorboard,
     )  # fmt: skip
     data = SpeechDataConfig(
@@ -191,7 +191,7 @@ def train_connector(
         train_encoder=train_encoder, train_llm=train_llm,
         lora=LoraSettings(r=lora_r, alpha=lora_alpha, target_modules=targets) if lora else None,
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
-        feature_augment=spec_augment, spec_augment=spec_augment, stored_dtype=stored_dtype,  # type: ignore[arg-type]
+        feature_augment=spec_augment, spec_augment=spec_augment, stored_dtype=stored_dtype,
         data=data,
     )  # fmt: skip
     parts = Parts(
@@ -274,7 +274,7 @@ def train_language_model(
 
     loop = LoopConfig(
         epochs=epochs, learning_rate=learning_rate, warmup_steps=warmup_steps,
-        weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,  # type: ignore[arg-type]
+        weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,
         seed=seed, max_steps=max_steps, save_every_s=save_every_s, tensorboard=tensorboard,
     )  # fmt: skip
     config = LanguageModelConfig(

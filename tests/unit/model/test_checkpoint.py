@@ -1,0 +1,236 @@
+"""A checkpoint folder is written, read, and refused by name where it does not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from model.checkpoint import (
+    CheckpointError,
+    load_config,
+    load_model,
+    load_processor,
+    resolve,
+    save_model,
+)
+from model.modeling import SpeechLLMForConditionalGeneration
+from tests.conftest import make_tiny_checkpoint
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def logits(model: SpeechLLMForConditionalGeneration, folder: Path) -> torch.Tensor:
+    waveform = 0.1 * np.random.default_rng(0).standard_normal(8_000).astype(np.float32)
+    batch = load_processor(folder)([waveform], ["zero one"])
+    with torch.inference_mode():
+        return model(**batch).logits
+
+
+def test_round_trip_is_bit_exact(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    save_model(model, tmp_path, processor=load_processor(tiny_checkpoint))
+    again = load_model(tmp_path)
+    assert model.state_dict().keys() == again.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert torch.equal(logits(model, tiny_checkpoint), logits(again, tmp_path))
+
+
+def test_stored_dtype_halves_the_files_and_loads_as_asked(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = load_model(tiny_checkpoint)
+    processor = load_processor(tiny_checkpoint)
+    save_model(model, tmp_path, processor=processor, dtype=torch.float16)
+    files = ("connector.safetensors", "encoder/model.safetensors", "llm/model.safetensors")
+    for name in files:
+        assert all(t.dtype == torch.float16 for t in load_file(tmp_path / name).values())
+    assert {p.dtype for p in load_model(tmp_path, dtype=torch.float32).parameters()} == {
+        torch.float32
+    }
+
+
+def test_a_connector_is_published_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    model.config.encoder = str(tiny_checkpoint / "encoder")
+    model.config.llm = str(tiny_checkpoint / "llm")
+    save_model(model, tmp_path, processor=load_processor(tiny_checkpoint))
+    assert not (tmp_path / "encoder").exists()
+    assert not (tmp_path / "llm").exists()
+    again = load_model(tmp_path)
+    assert torch.equal(logits(model, tiny_checkpoint), logits(again, tmp_path))
+
+
+def test_a_sharded_llm_loads(folder: Path) -> None:
+    model = load_model(folder)
+    expected = logits(model, folder)
+    shutil.rmtree(folder / "llm")
+    model.llm.save_pretrained(folder / "llm", max_shard_size="40KB")
+    assert len(list((folder / "llm").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(load_model(folder), folder), expected)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    load_model(folder).llm.save_pretrained(folder / "llm", max_shard_size="40KB")
+    (folder / "llm" / "model.safetensors").unlink(missing_ok=True)
+    shard = sorted((folder / "llm").glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=shard.name):
+        load_model(folder)
+
+
+def test_weights_are_not_initialised_before_they_are_loaded(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(tensor: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
+        assert tensor.is_meta, "random numbers drawn for weights that are about to be loaded"
+        return tensor
+
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    assert load_model(tiny_checkpoint).connector.linear_in.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("connector.safetensors", "connector.linear_in.weight"),
+        ("connector.safetensors", "ctc_head.bias"),
+        ("encoder/model.safetensors", "layers.1.fc1.bias"),
+        ("llm/model.safetensors", "model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+@pytest.mark.parametrize("fault", ["missing", "extra", "shape"])
+def test_a_tensor_that_does_not_fit_is_named(
+    folder: Path, file: str, tensor: str, fault: str
+) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        if fault == "missing":
+            del tensors[tensor]
+        elif fault == "extra":
+            tensors[f"{tensor}_twice"] = torch.zeros(3)
+        else:
+            tensors[tensor] = torch.zeros(7, 7)
+
+    edit_tensors(folder / file, damage)
+    with pytest.raises(CheckpointError) as refusal:
+        load_model(folder)
+    wanted = {"missing": "is missing", "extra": "is not part of", "shape": "has shape (7, 7)"}
+    assert tensor in str(refusal.value)
+    assert wanted[fault] in str(refusal.value)
+
+
+@pytest.mark.parametrize("file", ["connector.safetensors", "encoder/model.safetensors"])
+def test_a_file_cut_short_is_named(folder: Path, file: str) -> None:
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("place", ["pytorch_model.bin", "encoder/weights.pt"])
+def test_a_pickle_is_refused(folder: Path, place: str) -> None:
+    if "/" in place:
+        (folder / "encoder" / "model.safetensors").unlink()
+    (folder / place).write_bytes(b"\x80\x04")
+    with pytest.raises(CheckpointError, match=f"{Path(place).name}: a pickle file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "connector.safetensors", "llm/config.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    if name == "llm/config.json":  # the checkpoint's own config describes the LLM
+        load_model(folder)
+        return
+    with pytest.raises(CheckpointError, match=name):
+        load_model(folder)
+
+
+def test_another_model_type_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="whisper")
+    with pytest.raises(CheckpointError, match="model_type is 'whisper', wanted 'speech_llm'"):
+        load_config(folder)
+
+
+def test_broken_json_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not JSON"):
+        load_config(folder)
+
+
+def test_a_value_out_of_range_is_refused(folder: Path) -> None:
+    edit_json(folder / "config.json", max_audio_s=99)
+    with pytest.raises(CheckpointError, match="max_audio_s"):
+        load_config(folder)
+
+
+def test_a_folder_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="no/such folder: no such folder"):
+        resolve("no/such folder")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pad_token_id", 5), ("eos_token_id", 6), ("encoder_mode", "padded")]
+)
+def test_a_processor_that_disagrees_with_the_model_is_refused(
+    folder: Path, field: str, value: object
+) -> None:
+    edit_json(folder / "config.json", **{field: value})
+    with pytest.raises(CheckpointError, match=field):
+        load_processor(folder)
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", llm_config={**config["llm_config"], "vocab_size": 300})
+    with pytest.raises(CheckpointError, match="ids up to 319, the LLM only 300 embeddings"):
+        load_processor(folder)
+
+
+def test_missing_tokenizer_files_are_refused(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="cannot read the processor"):
+        load_processor(folder)
+
+
+def test_lora_loads_merged_and_trainable(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    model = load_model(tmp_path)
+    plain = logits(model, tmp_path)
+    model.llm = get_peft_model(model.llm, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in model.llm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.config.lora = "lora"
+    adapted = logits(model.eval(), tmp_path)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
+    save_model(model, tmp_path, processor=load_processor(tmp_path))
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    merged, unmerged = load_model(tmp_path), load_model(tmp_path, merge_lora=False)
+    torch.testing.assert_close(logits(merged, tmp_path), adapted, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(logits(unmerged, tmp_path), adapted, atol=1e-4, rtol=1e-3)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    assert any(p.requires_grad for n, p in unmerged.named_parameters() if "lora_" in n)

@@ -1,0 +1,217 @@
+"""The speech LLM: what it computes depends on the clip alone, and it learns."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    GPT2Config,
+    LlamaConfig,
+)
+
+from model.checkpoint import load_model, load_processor
+from model.configuration import SpeechLLMConfig
+from model.modeling import SpeechLLMForConditionalGeneration
+from model.processing import SpeechLLMProcessor
+from tests.conftest import make_tiny_checkpoint
+
+SECONDS = (0.3, 1.7, 0.9)
+TEXTS = ["zero one", "Өнөөдөр хүйтэн байна, ёстой!", "They were apart."]
+
+
+def clips() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [(0.1 * rng.standard_normal(int(16_000 * s))).astype(np.float32) for s in SECONDS]
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint: Path) -> SpeechLLMProcessor:
+    return load_processor(tiny_checkpoint)
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> SpeechLLMForConditionalGeneration:
+    return load_model(tiny_checkpoint)
+
+
+@torch.inference_mode()
+def test_logits_of_a_batch_equal_those_of_each_clip_alone(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    batch = processor(clips(), TEXTS)
+    logits = model(**batch).logits
+    for index, waveform in enumerate(clips()):
+        alone = processor([waveform], [TEXTS[index]])
+        expected = model(**alone).logits[0]
+        torch.testing.assert_close(logits[index, : len(expected)], expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.inference_mode()
+def test_generate_of_a_batch_equals_each_clip_alone(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    options = {"max_new_tokens": 12, "do_sample": False}
+    batch = processor(clips())
+    together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+    assert len({tuple(row) for row in together.tolist()}) > 1
+    for row, waveform in zip(together, clips(), strict=True):
+        alone = processor([waveform])
+        expected = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
+        assert row[: len(expected)].tolist() == expected.tolist()
+
+
+@torch.inference_mode()
+def test_what_lies_past_a_clip_changes_nothing(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    batch = processor(clips(), TEXTS)
+    expected = model(**batch).logits
+    features = batch["input_features"]
+    for row, length in zip(features, batch["feature_lens"], strict=True):
+        row[:, length:] = 1e3
+    torch.testing.assert_close(model(**batch).logits, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.inference_mode()
+def test_teacher_forced_logits_equal_step_by_step_logits(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    batch = processor([clips()[1]], [TEXTS[1]])
+    expected = model(**batch).logits[0]
+    n_target = int((batch["labels"] != -100).sum())
+    n_prompt = batch["input_ids"].shape[1] - n_target
+    output = model(
+        input_ids=batch["input_ids"][:, :n_prompt],
+        attention_mask=batch["attention_mask"][:, :n_prompt],
+        input_features=batch["input_features"],
+        feature_lens=batch["feature_lens"],
+        use_cache=True,
+    )
+    steps = [output.logits[0, -1]]
+    for position in range(n_prompt, batch["input_ids"].shape[1]):
+        output = model(
+            input_ids=batch["input_ids"][:, position : position + 1],
+            attention_mask=batch["attention_mask"][:, : position + 1],
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        steps.append(output.logits[0, -1])
+    torch.testing.assert_close(torch.stack(steps), expected[n_prompt - 1 :], atol=1e-4, rtol=1e-3)
+
+
+def test_overfit_on_one_batch_then_generate_returns_the_texts(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    torch.manual_seed(0)
+    batch = processor(clips(), TEXTS)
+    optimiser = torch.optim.AdamW(model.train().parameters(), lr=4e-3)
+    for _ in range(150):
+        loss = model(**batch).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if loss < 0.01:
+            break
+    assert loss < 0.05
+    prompt = processor(clips())
+    with torch.inference_mode():
+        output = model.eval().generate(**prompt, max_new_tokens=60, do_sample=False)
+    rows = output[:, prompt["input_ids"].shape[1] :].tolist()
+    assert [processor.decode_transcript(row) for row in rows] == TEXTS
+    # EOS was learnt: every answer ends before the cap.
+    assert all(processor.tokenizer.eos_token_id in row for row in rows)
+
+
+@torch.inference_mode()
+def test_the_answer_depends_on_the_text_before_it(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    # Targets fed as zeros sank the first system: then the last logits would be the same.
+    first, second = (processor([clips()[0]], [text]) for text in ("zero", "nine"))
+    one, other = (model(**batch).logits[0, -2:] for batch in (first, second))
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_audio_positions_must_match_the_audio(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    batch = processor([clips()[0]])
+    batch["input_ids"] = batch["input_ids"][:, 8:]
+    batch["attention_mask"] = batch["attention_mask"][:, 8:]
+    with pytest.raises(ValueError, match="audio positions, but the audio makes"):
+        model(**batch)
+
+
+def test_audio_without_lengths_is_refused(model: SpeechLLMForConditionalGeneration) -> None:
+    with pytest.raises(ValueError, match="belong together"):
+        model(input_ids=torch.tensor([[1]]), input_features=torch.zeros(1, 80, 10))
+
+
+@torch.inference_mode()
+def test_blanks_embed_to_nothing_and_a_certain_token_to_its_embedding(
+    model: SpeechLLMForConditionalGeneration,
+) -> None:
+    vocab = model.get_input_embeddings().weight.shape[0]
+    blank, token = model.config.pad_token_id, 77
+    path = torch.tensor([[blank] * 4 + [blank, token, blank, blank] + [token] * 4])
+    logits = 60.0 * torch.nn.functional.one_hot(path, vocab).float()
+    embeds = model._expected_token_embeds(logits, torch.tensor([12]))
+    expected = model.get_input_embeddings().weight[token]
+    torch.testing.assert_close(embeds[0, 0], torch.zeros_like(expected))
+    torch.testing.assert_close(embeds[0, 1], expected)
+    torch.testing.assert_close(embeds[0, 2], expected)  # four frames of it are still one mean
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.inference_mode()
+def test_any_causal_lm_works(tmp_path: Path, family: str) -> None:
+    configs = {
+        "llama": LlamaConfig(
+            vocab_size=320, hidden_size=40, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+            bos_token_id=None, eos_token_id=2, pad_token_id=0,
+        ),
+        "gpt2": GPT2Config(
+            vocab_size=320, n_embd=40, n_layer=2, n_head=4, n_positions=512,
+            bos_token_id=2, eos_token_id=2, pad_token_id=0,
+        ),
+    }  # fmt: skip
+    make_tiny_checkpoint(tmp_path, llm_config=configs[family])
+    model, processor = load_model(tmp_path), load_processor(tmp_path)
+    batch = processor(clips())
+    together = model.generate(**batch, max_new_tokens=6, do_sample=False)
+    alone = processor([clips()[0]])
+    expected = model.generate(**alone, max_new_tokens=6, do_sample=False)
+    n_new = expected.shape[1] - alone["input_ids"].shape[1]
+    assert (
+        together[0, batch["input_ids"].shape[1] :][:n_new].tolist() == expected[0, -n_new:].tolist()
+    )
+
+
+def test_auto_classes_know_the_model(tiny_checkpoint: Path) -> None:
+    assert isinstance(AutoConfig.from_pretrained(tiny_checkpoint), SpeechLLMConfig)
+    for auto in (AutoModel, AutoModelForSpeechSeq2Seq):
+        loaded = auto.from_pretrained(tiny_checkpoint)
+        assert isinstance(loaded, SpeechLLMForConditionalGeneration)
+    assert isinstance(AutoProcessor.from_pretrained(tiny_checkpoint), SpeechLLMProcessor)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"encoder_mode": "cropped"}, "encoder_mode must be one of padded, trimmed"),
+        ({"ctc": "maybe"}, "ctc must be one of none, auxiliary, fused"),
+        ({"max_audio_s": 31}, r"max_audio_s must lie in \(0, 30\], got 31"),
+        ({"pad_token_id": 3, "eos_token_id": 3}, "EOS would be padding"),
+        ({"max_tokens_per_audio_s": 0}, "must be positive"),
+    ],
+)
+def test_configuration_refuses_what_cannot_work(fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        SpeechLLMConfig(**fields)
