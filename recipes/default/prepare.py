@@ -24,7 +24,8 @@ MONGOLIAN_COPIES = 3  # of its text: there is a tenth as much of it as of Englis
 
 def read_rows(path: Path, root: Path) -> list[Row]:
     """Rows of a manifest whose audio paths become absolute."""
-    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     return [{**row, "audio": str((root / row["audio"]).resolve())} for row in rows]
 
 

@@ -89,7 +89,8 @@ def comparable(text: str) -> str:
 
 def read_sentences(path: Path, held_out: set[str], rng: random.Random) -> list[str]:
     """Sentences that a synthesiser can speak and no test says, in random order."""
-    lines = [unicodedata.normalize("NFC", line.strip()) for line in path.open(encoding="utf-8")]
+    with path.open(encoding="utf-8") as file:
+        lines = [unicodedata.normalize("NFC", line.strip()) for line in file]
     sentences = [
         line
         for line in dict.fromkeys(lines)
@@ -104,11 +105,11 @@ def read_sentences(path: Path, held_out: set[str], rng: random.Random) -> list[s
 
 def held_out_sentences(manifests: Path) -> set[str]:
     """What the human dev and test splits say."""
-    return {
-        comparable(json.loads(line)["text"])
-        for name in HELD_OUT_MANIFESTS
-        for line in (manifests / f"{name}.jsonl").open(encoding="utf-8")
-    }
+    sentences: set[str] = set()
+    for name in HELD_OUT_MANIFESTS:
+        with (manifests / f"{name}.jsonl").open(encoding="utf-8") as file:
+            sentences |= {comparable(json.loads(line)["text"]) for line in file}
+    return sentences
 
 
 def espeak_voice(language: str, variants: tuple[str, ...], rng: random.Random) -> Voice:

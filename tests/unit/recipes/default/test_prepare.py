@@ -29,9 +29,9 @@ def write_split(root: Path, manifest: Path, texts: list[str], rate_hz: int = RAT
     manifest.write_text("".join(rows), encoding="utf-8")
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    root = tmp_path / "data"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("recipe") / "data"
     human = {
         "kathleen_train": ["They are his tongue.", "Robbery and fraud they said."],
         "matthes_train": ["Printing differs from most arts."],
@@ -54,7 +54,7 @@ def data(tmp_path: Path) -> Path:
     english = "Where is my shoe?\nALSO SHE WOULDN’T WALK\nWe need more soap.\n"
     (root / "text" / "en.txt").write_text(english, encoding="utf-8")
     (root / "text" / "mn.txt").write_text("Нягтлан ирэв.\nХүйтэн байна!\n", encoding="utf-8")
-    synthetic = tmp_path / "synthetic"
+    synthetic = root.parent / "synthetic"
     write_split(synthetic, synthetic / "train.jsonl", ["Where is my shoe?", "Нягтлан ирэв."])
     write_split(synthetic, synthetic / "en_dev.jsonl", ["We need more soap."] * 40)
     write_split(synthetic, synthetic / "mn_dev.jsonl", ["Хүйтэн байна."])
@@ -62,18 +62,21 @@ def data(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def prepared(
-    data: Path, tmp_path: Path, prepare: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    # Each clip is a file to write; the counts of the recipe would take seconds.
-    monkeypatch.setattr(prepare, "N_NOISE_TRAIN", 12)
-    monkeypatch.setattr(prepare, "N_NOISE_TEST", 6)
-    monkeypatch.setattr(prepare, "N_DIGIT_STRINGS", 8)
-    output = tmp_path / "prepared"
-    arguments = ["--data-dir", str(data), "--synthetic", str(tmp_path / "synthetic")]
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments, "--output", str(output)])
-    prepare.main()
+def run_prepare(prepare: ModuleType, data: Path, output: Path) -> None:
+    arguments = ["--data-dir", str(data), "--synthetic", str(data.parent / "synthetic")]
+    with pytest.MonkeyPatch.context() as patch:
+        # Each clip is a file to write; the counts of the recipe would take seconds.
+        patch.setattr(prepare, "N_NOISE_TRAIN", 12)
+        patch.setattr(prepare, "N_NOISE_TEST", 6)
+        patch.setattr(prepare, "N_DIGIT_STRINGS", 8)
+        patch.setattr(sys, "argv", ["prepare.py", *arguments, "--output", str(output)])
+        prepare.main()
+
+
+@pytest.fixture(scope="module")
+def prepared(data: Path, prepare: ModuleType) -> Path:
+    output = data.parent / "prepared"
+    run_prepare(prepare, data, output)
     return output
 
 
@@ -161,10 +164,13 @@ def test_a_digit_string_is_its_digits_with_gaps_between(prepared: Path) -> None:
         assert soundfile.info(utterance.audio).samplerate == RATE_HZ
 
 
-def test_preparing_twice_gives_the_same_files(prepared: Path, prepare: ModuleType) -> None:
+def test_preparing_twice_gives_the_same_files(
+    prepared: Path, data: Path, prepare: ModuleType
+) -> None:
     def contents() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in prepared.rglob("*") if path.is_file()}
 
     before = contents()
-    prepare.main()
+    assert len(before) > 26
+    run_prepare(prepare, data, prepared)
     assert contents() == before

@@ -28,7 +28,11 @@ def numbered(alphabet: str, count: int, template: str) -> list[str]:
 def plan(synthesise: ModuleType) -> list:
     english = numbered("abcdefghijklmnopqrstuvwxyz", 400, "The word {} is spoken here.")
     mongolian = numbered(LETTERS, 400, "Энэ бол {} гэсэн үг.")
-    return synthesise.make_plan(english, mongolian, 250, 150, random.Random(1))
+    return synthesise.make_plan(english, mongolian, 250, 150, seeded(1))
+
+
+def seeded(seed: int) -> random.Random:
+    return random.Random(seed)  # noqa: S311 - plans, no secrets
 
 
 def texts(plan: list, *splits: str) -> set[str]:
@@ -60,9 +64,7 @@ def run(recipe: Path, work: Path, *options: str, **keywords: object) -> subproce
 def test_same_seed_gives_the_same_plan_and_another_seed_another(synthesise: ModuleType) -> None:
     english = numbered("abcdefghijklmnopqrstuvwxyz", 200, "The word {} is spoken here.")
     mongolian = numbered(LETTERS, 300, "Энэ бол {} гэсэн үг.")
-    plans = [
-        synthesise.make_plan(english, mongolian, 80, 50, random.Random(seed)) for seed in (1, 1, 2)
-    ]
+    plans = [synthesise.make_plan(english, mongolian, 80, 50, seeded(seed)) for seed in (1, 1, 2)]
     assert plans[0] == plans[1]
     assert plans[0] != plans[2]
 
@@ -85,7 +87,7 @@ def test_dev_and_test_sentences_are_never_trained_on(plan: list) -> None:
 
 def test_sentences_repeat_only_where_there_are_too_few(synthesise: ModuleType) -> None:
     mongolian = numbered(LETTERS, 220, "Энэ бол {} гэсэн үг.")
-    plan = synthesise.make_plan([], mongolian, 0, 25, random.Random(1))
+    plan = synthesise.make_plan([], mongolian, 0, 25, seeded(1))
     spoken = [task.text for task in plan if task.split == "train" and task.language == "mn"]
     assert spoken == [*mongolian[210:], *mongolian[210:], *mongolian[210:215]]
 
@@ -103,7 +105,7 @@ def test_mongolian_is_read_by_kazakh_tatar_and_bashkir_only(plan: list) -> None:
 
 
 def test_recorded_voices_speak_most_of_the_english(synthesise: ModuleType) -> None:
-    rng = random.Random(1)
+    rng = seeded(1)
     names = [synthesise.english_voice(rng).name for _ in range(4000)]
     recorded = sum(name in {"rms", "awb", "slt"} for name in names) / len(names)
     diphone = sum(name in {"kal", "kal16"} for name in names) / len(names)
@@ -140,7 +142,7 @@ def test_sentences_that_would_be_misspoken_are_skipped(
         unspeakable = "x" * (synthesise.SHORTEST_TEXT - 1)
     path = tmp_path / "en.txt"
     path.write_text(f"{unspeakable}\nWhere is “my” shoe, then?\n", encoding="utf-8")
-    sentences = synthesise.read_sentences(path, set(), random.Random(1))
+    sentences = synthesise.read_sentences(path, set(), seeded(1))
     assert sentences == ["Where is “my” shoe, then?"]
 
 
@@ -149,7 +151,7 @@ def test_a_held_out_sentence_is_known_by_its_words(tmp_path: Path, synthesise: M
     held_out = synthesise.held_out_sentences(tmp_path / "manifests")
     path = tmp_path / "en.txt"
     path.write_text("ALSO she wouldn’t walk!\nAlso, he would walk.\n", encoding="utf-8")
-    sentences = synthesise.read_sentences(path, held_out, random.Random(1))
+    sentences = synthesise.read_sentences(path, held_out, seeded(1))
     assert sentences == ["Also, he would walk."]
 
 
@@ -158,7 +160,7 @@ def test_shared_text_holds_no_human_test_sentence_once_read(
 ) -> None:
     held_out = synthesise.held_out_sentences(shared_data / "manifests")
     text = shared_data / "text" / "en.txt"
-    sentences = synthesise.read_sentences(text, held_out, random.Random(1))
+    sentences = synthesise.read_sentences(text, held_out, seeded(1))
     assert len(sentences) > 40_000
     # A comparison that is blind to spaces too, unlike the script's.
     letters = {"".join(filter(str.isalnum, text.lower())) for text in held_out}
@@ -175,18 +177,18 @@ def engines() -> None:
 
 @pytest.mark.usefixtures("engines")
 @pytest.mark.parametrize(
-    ("engine", "name", "language", "text"),
+    ("engine", "name", "text"),
     [
-        ("flite", "slt", "en", "Where did you find that apple?"),
-        ("flite", "kal", "en", "Where did you find that apple?"),
-        ("espeak-ng", "en-gb+f2", "en", "Where did you find that apple?"),
-        ("espeak-ng", "kk+m8", "mn", "Өнөөдөр хүйтэн байна, ёстой!"),
+        ("flite", "slt", "Where did you find that apple?"),
+        ("flite", "kal", "Where did you find that apple?"),
+        ("espeak-ng", "en-gb+f2", "Where did you find that apple?"),
+        ("espeak-ng", "kk+m8", "Өнөөдөр хүйтэн байна, ёстой!"),
     ],
 )
 def test_a_clip_is_the_trimmed_sentence_at_16_khz(
-    engine: str, name: str, language: str, text: str, tmp_path: Path, synthesise: ModuleType
+    engine: str, name: str, text: str, tmp_path: Path, synthesise: ModuleType
 ) -> None:
-    task = synthesise.Task(1042, "train", language, text, synthesise.Voice(engine, name, (), 1.0))
+    task = synthesise.Task(1042, "train", "en", text, synthesise.Voice(engine, name, (), 1.0))
     row = synthesise.speak(task, tmp_path)
     assert row["audio"] == "train/001/001042.flac"
     assert row["text"] == text
@@ -215,9 +217,9 @@ def test_a_shift_above_one_raises_the_voice_and_shortens_the_clip(
 
 
 @pytest.mark.usefixtures("engines")
-def test_an_unknown_voice_gives_no_clip(tmp_path: Path, synthesise: ModuleType) -> None:
-    voice = synthesise.Voice("espeak-ng", "no-such-voice", (), 1.0)
-    task = synthesise.Task(0, "train", "en", "Where did you find that apple?", voice)
+def test_a_text_that_comes_out_silent_gives_no_clip(tmp_path: Path, synthesise: ModuleType) -> None:
+    voice = synthesise.Voice("espeak-ng", "en-us", (), 1.0)
+    task = synthesise.Task(0, "train", "en", "... ... ...", voice)
     assert synthesise.speak(task, tmp_path) is None
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
