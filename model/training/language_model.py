@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+_DENSE_SHARE = 0.6  # of the curriculum
 SILENT = -1  # an audio position at which nothing was heard
 
 
@@ -48,6 +49,12 @@ class LanguageModelConfig(BaseModel):
     positions_per_s: float = Field(12.5, gt=0, description="audio positions, of the connector")
     prompt: str = ""
     batch_tokens: int = Field(4096, ge=64, description="padded target tokens in a batch")
+    curriculum: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the first epoch that goes from short, dense copies to full ones",
+    )
 
 
 def corrupt_words(text: str, rate: float, rng: np.random.Generator) -> str:
@@ -74,17 +81,29 @@ def _corrupt(word: str, text: str, rng: np.random.Generator) -> str:
 
 
 def lay_out(
-    ids: Sequence[int], rng: np.random.Generator, vocab_size: int, rate: float
+    ids: Sequence[int],
+    rng: np.random.Generator,
+    vocab_size: int,
+    rate: float,
+    difficulty: float = 1.0,
 ) -> list[int]:
-    """Spread token ids over audio positions, with silence between and a few wrong tokens."""
-    pace = rng.uniform(0.8, 2.5)
-    positions = [SILENT] * int(rng.integers(0, 6))
+    """Spread token ids over audio positions, with silence between and a few wrong tokens.
+
+    Args:
+        ids: what is read.
+        rng: decides everything.
+        vocab_size: wrong tokens are drawn from it.
+        rate: of errors, in 0..1.
+        difficulty: 0 leaves no silence, 1 as much as speech has.
+    """
+    pace = difficulty * rng.uniform(0.8, 2.5)
+    positions = [SILENT] * int(difficulty * rng.integers(0, 6))
     for token in ids:
         heard = int(rng.integers(vocab_size)) if rng.random() < rate / 4 else token
         if rng.random() >= rate / 8:
             positions.append(heard)
         positions += [SILENT] * int(rng.poisson(pace))
-    return positions + [SILENT] * int(rng.integers(0, 6))
+    return positions + [SILENT] * int(difficulty * rng.integers(0, 6))
 
 
 class TextBatches:
@@ -112,14 +131,15 @@ class TextBatches:
         config, processor = self._stage.config, self._stage.processor
         for number, batch in enumerate(self._batches[start:], start=start):
             rng = np.random.default_rng((*self._seed, number))
+            difficulty = self._difficulty(number)
             heard: list[list[int]] = []
             for index in batch:
                 if rng.random() >= config.reading:
                     heard.append([])
                     continue
-                rate = rng.uniform(0, config.max_word_errors)
+                rate = difficulty * rng.uniform(0, config.max_word_errors)
                 copy = processor.text_ids(corrupt_words(self._texts[index], rate, rng))
-                heard.append(lay_out(copy, rng, self._stage.vocab_size, rate))
+                heard.append(lay_out(copy, rng, self._stage.vocab_size, rate, difficulty))
             targets = [self._sentences[index] for index in batch]
             sequence = processor.sequences([len(ids) for ids in heard], targets)
             yield {
@@ -127,6 +147,17 @@ class TextBatches:
                 "heard": torch.tensor([token for ids in heard for token in ids], dtype=torch.long),
                 "audio_s": sum(len(ids) for ids in heard) / config.positions_per_s,
             }
+
+    def _difficulty(self, number: int) -> float:
+        """0 until copying is learnt, then growing to 1 at the end of the curriculum's share.
+
+        Copying a dense sequence emerges within some hundred steps; between silences it does not
+        emerge from nothing in several times as many, but is kept once learnt.
+        """
+        span = self._stage.config.curriculum * len(self._batches)
+        if self._seed[1] > 0 or span == 0:
+            return 1.0
+        return float(np.clip((number / span - _DENSE_SHARE) / (1 - _DENSE_SHARE), 0, 1))
 
 
 class LanguageModelObjective(nn.Module):
@@ -237,7 +268,10 @@ class LanguageModelStage:
                 batches.append([])
                 longest = len(sentences[index]) + 1
             batches[-1].append(index)
-        shuffled = [batches[i] for i in rng.permutation(len(batches))]
+        places = np.arange(len(batches)) if epoch == 0 and self.config.curriculum else 0
+        spread = len(batches) * (1 - self.config.curriculum if epoch == 0 else 1)
+        keys = places + rng.uniform(0, max(spread, 1), len(batches))
+        shuffled = [batches[i] for i in np.argsort(keys)]
         usable = len(shuffled) // size * size or len(shuffled)
         return TextBatches(sentences, texts, shuffled[rank:usable:size], (self._seed, epoch), self)
 

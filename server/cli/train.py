@@ -257,6 +257,9 @@ def train_language_model(
     reading: Annotated[float, typer.Option(help="Share of sentences read from a copy.")] = 0.8,
     prompt: Annotated[str, typer.Option(help="What the user turn asks.")] = "",
     batch_tokens: Annotated[int, typer.Option(help="Padded target tokens in a batch.")] = 4096,
+    curriculum: Annotated[
+        float, typer.Option(help="Share of the first epoch that goes from easy to full reading.")
+    ] = 0.0,
     epochs: Epochs = 10,
     learning_rate: LearningRate = 1e-3,
     warmup_steps: Warmup = 200,
@@ -280,7 +283,7 @@ def train_language_model(
     config = LanguageModelConfig(
         tokenizer=tokenizer, hidden_size=hidden_size, intermediate_size=intermediate_size,
         layers=layers, heads=heads, key_value_heads=key_value_heads, reading=reading,
-        prompt=prompt, batch_tokens=batch_tokens,
+        prompt=prompt, batch_tokens=batch_tokens, curriculum=curriculum,
     )  # fmt: skip
     stage = LanguageModelStage(config, read_lines(text), read_lines(dev_text or []), seed)
     _run(stage, loop, output, {"kind": "lm", **config.model_dump(mode="json")})
