@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 CONNECTOR_FILE = "connector.safetensors"
 _READ = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+_OWN_PARTS = ("encoder", "llm", "lora")
+_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointError(ValueError):
@@ -63,15 +65,19 @@ def quiet_transformers() -> Iterator[None]:
 def resolve(source: str | Path, base: Path | None = None, revision: str | None = None) -> Path:
     """Find a folder: relative to `base`, a path of its own, or a hub id that is downloaded.
 
-    `revision` is a hub repository's branch, tag or commit.
+    The names of a checkpoint's own parts are looked for in `base` alone. `revision` is a hub
+    repository's branch, tag or commit.
 
     Raises:
         CheckpointError: there is no such folder and no such hub repository at hand.
     """
     source = str(source)
-    for candidate in ([base / source] if base is not None else []) + [Path(source).expanduser()]:
-        if candidate.is_dir():
-            return candidate
+    if base is not None and (base / source).is_dir():
+        return base / source
+    if base is not None and source in _OWN_PARTS:
+        raise CheckpointError(f"{base / source}: there is no such folder")
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_READ))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -89,7 +95,10 @@ def tensor_files(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
+        try:
+            names = dict.fromkeys(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not an index of shards ({error!r})") from error
         files = [folder / name for name in names]
         for file in files:
             if not file.exists():
@@ -129,6 +138,22 @@ def read_tensors(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> di
     return tensors
 
 
+def stored_dtype(files: Iterable[Path]) -> torch.dtype | None:
+    """What the files' first tensor is stored in; None if that is no plain float type.
+
+    Raises:
+        CheckpointError: a file is no safetensors file, or is cut short.
+    """
+    kinds: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                kinds += [reader.get_slice(name).get_dtype() for name in reader.keys()]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from error
+    return _STORED_DTYPES.get(kinds[0]) if kinds else None
+
+
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
     """Compare names and shapes.
 
@@ -143,6 +168,10 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ori
         for name in sorted(wanted.keys() & found.keys())
         if found[name].shape != wanted[name].shape
     ]
+    _refuse(faults, origin)
+
+
+def _refuse(faults: list[str], origin: str) -> None:
     if faults:
         more = f" and {len(faults) - 5} more faults" if len(faults) > 5 else ""  # noqa: PLR2004
         raise CheckpointError(f"{origin}: {'; '.join(faults[:5])}{more}")
@@ -197,26 +226,45 @@ def load_llm(
     folder: Path, config: SpeechLLMConfig, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load any causal LM of transformers, whole or sharded."""
-    tensor_files(folder)  # refuses pickles and missing shards before transformers looks
-    with quiet_transformers():
-        llm, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config.llm_config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    llm = load_whole(AutoModelForCausalLM, folder, dtype, config=config.llm_config)
+    return cast("PreTrainedModel", llm)
+
+
+def load_whole(
+    model_class: Any,  # noqa: ANN401 - a model or Auto class; they share no type
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Load a transformers model, whole or sharded, in `dtype` or what is stored.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or of another shape, a file is cut short or
+            pickled, or transformers cannot build the model.
+    """
+    # Looked at first, since transformers names no file when one is cut short.
+    stored = stored_dtype(tensor_files(folder))
+    try:
+        with quiet_transformers():
+            model, info = model_class.from_pretrained(
+                folder,
+                dtype=dtype or stored or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     faults += [f"{name} is not part of this model" for name in sorted(info["unexpected_keys"])]
     faults += [
         f"{name} has shape {tuple(found)}, the configuration wants {tuple(wanted)}"
         for name, found, wanted in sorted(info["mismatched_keys"])
     ]
-    if faults:
-        raise CheckpointError(f"{folder}: {'; '.join(faults[:5])}")
-    return llm.eval()
+    _refuse(faults, str(folder))
+    return model.eval()
 
 
 def load_model(
@@ -233,19 +281,23 @@ def load_model(
         source: checkpoint folder or hub id.
         dtype: of all weights; None keeps what is stored.
         device: where the model is placed.
-        merge_lora: fold an adapter into the LLM's weights; False keeps it trainable.
+        merge_lora: fold an adapter into the LLM's weights, which are then the checkpoint's own;
+            False keeps it trainable.
         revision: branch, tag or commit where `source` is a hub id.
 
     Raises:
         CheckpointError: anything is missing, extra, of a wrong shape, pickled or does not fit.
     """
     folder = resolve(source, revision=revision)
-    refuse_pickles(folder)
+    for part in ("", *_OWN_PARTS):
+        refuse_pickles(folder / part)
     config = load_config(folder)
     encoder = load_encoder(resolve(config.encoder, folder), config, dtype)
     llm = load_llm(resolve(config.llm, folder), config, dtype)
     if config.lora is not None:
         llm = _load_lora(llm, resolve(config.lora, folder), merge=merge_lora)
+        if merge_lora:
+            config.llm, config.lora = "llm", None
     with torch.device("meta"):
         model = SpeechLLMForConditionalGeneration(config, encoder=encoder, llm=llm)
     own = {n: p for n, p in model.state_dict().items() if n.startswith(("connector.", "ctc_head."))}
@@ -254,22 +306,39 @@ def load_model(
         raise CheckpointError(f"{path}: there is no such file")
     tensors = read_tensors([path])
     check_tensors(tensors, own, str(path))
-    target = dtype or next(encoder.parameters()).dtype
     model.load_state_dict(
-        {name: tensor.to(target) for name, tensor in tensors.items()}, strict=False, assign=True
+        {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()},
+        strict=False,
+        assign=True,
     )
     if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
     model.to(device).eval()
     return model
 
 
 def _load_lora(llm: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    from peft import PeftModel  # noqa: PLC0415 - only checkpoints with an adapter need it
+    # Imported here: only checkpoints with an adapter need it.
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
+    from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
 
     refuse_pickles(folder)
-    adapted = PeftModel.from_pretrained(llm, str(folder), is_trainable=not merge)
-    return adapted.merge_and_unload() if merge else adapted
+    file = folder / "adapter_model.safetensors"
+    tensors = read_tensors([file])
+    try:
+        adapter = PeftConfig.from_pretrained(str(folder))
+        adapter.inference_mode = merge
+        adapter.base_model_name_or_path = None  # peft would compare it with our path
+        adapted = get_peft_model(llm, adapter)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: cannot read the adapter: {error}") from error
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    check_tensors(tensors, wanted, str(file))
+    set_peft_model_state_dict(adapted, tensors)
+    return cast("PreTrainedModel", adapted.merge_and_unload() if merge else adapted)
 
 
 def load_processor(source: str | Path) -> SpeechLLMProcessor:
@@ -333,7 +402,9 @@ def save_model(
     config = model.config
     llm = model.llm
     if config.lora is not None and hasattr(llm, "peft_config"):
-        llm.save_pretrained(str(folder / config.lora))
+        for adapter in llm.peft_config.values():
+            adapter.base_model_name_or_path = config.llm  # not the path it was loaded from
+        llm.save_pretrained(str(folder / config.lora), save_embedding_layers=False)
         llm = llm.get_base_model()
     for source, part in ((config.encoder, model.encoder), (config.llm, llm)):
         if source in {"encoder", "llm"}:
@@ -349,11 +420,14 @@ def save_model(
 
 
 def _save_part(part: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
-    state = {
-        name.replace(".base_layer.", "."): _stored(tensor, dtype)
-        for name, tensor in part.state_dict().items()
-        if ".lora_" not in name  # an adapter that wraps these layers is stored on its own
-    }
+    # Tied tensors stay one object through the conversion, so that they are stored once.
+    stored: dict[tuple[int, torch.Size], Tensor] = {}
+    state = {}
+    for name, tensor in part.state_dict().items():
+        if ".lora_" in name:  # an adapter that wraps these layers is stored on its own
+            continue
+        place = (tensor.data_ptr(), tensor.shape)
+        state[name.replace(".base_layer.", ".")] = stored.setdefault(place, _stored(tensor, dtype))
     with quiet_transformers():
         part.save_pretrained(folder, state_dict=state)
 

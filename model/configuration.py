@@ -71,6 +71,8 @@ class SpeechLLMConfig(PreTrainedConfig):
         if not isinstance(self.llm_config, PreTrainedConfig):
             fields = dict(self.llm_config or {})
             self.llm_config = AutoConfig.for_model(fields.pop("model_type", "qwen2"), **fields)
+        if not isinstance(self.connector or {}, dict):
+            raise ValueError(f"connector must be an object, got {self.connector!r}")
         self.connector = connector_config(self.connector or {})
         super().__post_init__(**kwargs)
         self._check()

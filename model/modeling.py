@@ -142,7 +142,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def embed_audio(self, encoder_frames: Tensor, frame_lens: Tensor) -> EmbeddedAudio:
         """Map encoder frames (B, F, D_enc) into the LLM's embedding space."""
-        encoder_frames = encoder_frames.to(self.connector.linear_in.weight.dtype)
+        encoder_frames = encoder_frames.to(next(self.connector.parameters()).dtype)
         audio_embeds, audio_lens = self.connector(encoder_frames, frame_lens)
         ctc_logits = self.ctc_head(encoder_frames) if self.ctc_head is not None else None
         if ctc_logits is not None and self.config.ctc == "fused":

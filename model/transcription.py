@@ -150,8 +150,10 @@ class Transcriber:
             with_ctc: also read the CTC head.
 
         Raises:
-            ValueError: an empty or too long clip.
+            ValueError: an empty or too long clip, or a cap below 1.
         """
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if not waveforms:
             return TranscriptBatch([], 0.0, 0.0)
         durations_s = [waveform.size / SAMPLE_RATE_HZ for waveform in waveforms]

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
 from transformers import WhisperForConditionalGeneration as Whisper
 
-from model.checkpoint import CheckpointError, check_tensors, read_tensors, resolve, tensor_files
+from model.checkpoint import check_tensors, load_tokenizer, load_whole, read_tensors, resolve
 from model.ctc import ctc_greedy
 from model.encoder import EncoderMode, encode, length_mask
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, log_mel_spectrogram, pad_waveforms
@@ -105,15 +104,7 @@ class WhisperTranscriber:
         """
         chosen = pick_device(device)
         folder = resolve(path)
-        tensor_files(folder)
-        whisper, info = Whisper.from_pretrained(
-            folder,
-            dtype=pick_dtype(dtype, chosen),
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if info["missing_keys"]:
-            raise CheckpointError(f"{folder}: {', '.join(sorted(info['missing_keys']))} is missing")
+        whisper = load_whole(Whisper, folder, pick_dtype(dtype, chosen))
         ctc_head = None
         if (folder / CTC_HEAD_FILE).exists():
             ctc_head = read_tensors([folder / CTC_HEAD_FILE])
@@ -121,8 +112,7 @@ class WhisperTranscriber:
             wanted = {"weight": torch.empty(shape), "bias": torch.empty(shape[0])}
             check_tensors(ctc_head, wanted, str(folder / CTC_HEAD_FILE))
             ctc_head = {name: tensor.to(chosen) for name, tensor in ctc_head.items()}
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(whisper.to(chosen).eval(), tokenizer, ctc_head)
+        return cls(whisper.to(chosen), load_tokenizer(folder), ctc_head)
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +143,8 @@ class WhisperTranscriber:
         frames, frame_lens = encode(
             encoder, features.to(self.whisper.dtype), feature_lens, self._mode
         )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         encoded = time.perf_counter()
         budgets = [
             _MIN_TOKENS + int(_TOKENS_PER_S * waveform.size / SAMPLE_RATE_HZ)

@@ -1,6 +1,6 @@
 """Connectors map encoder frames into the LLM's embedding space. One file each, one registry.
 
-A connector is an `nn.Module` built from (config, d_encoder, d_llm); its forward takes encoder
+A `Connector` is built from (config, d_encoder, d_llm); its forward takes encoder
 frames (B, F, D_enc) and lengths (B,) and returns audio embeddings (B, N, D_llm) and lengths (B,).
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from model.connectors.connector import Connector
 from model.connectors.stack import StackConnector, StackConnectorConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Connector",
     "StackConnector",
     "StackConnectorConfig",
     "connector_config",
@@ -37,7 +39,7 @@ def connector_config(fields: dict[str, Any]) -> dict[str, Any]:
     return schema(**fields).model_dump()
 
 
-def make_connector(fields: dict[str, Any], d_encoder: int, d_llm: int) -> StackConnector:
+def make_connector(fields: dict[str, Any], d_encoder: int, d_llm: int) -> Connector:
     """Build the connector that `fields` describe, between the given widths."""
     module, schema = _REGISTRY[fields["type"]]
     return module(schema(**fields), d_encoder, d_llm)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.nn import functional
 
+from model.connectors.connector import Connector
 from model.encoder import length_mask
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def stack_frames(encoder_frames: Tensor, frame_lens: Tensor, stack_size: int) ->
     return frames.reshape(batch, -1, stack_size * width)
 
 
-class StackConnector(nn.Module):
+class StackConnector(Connector):
     """Stack S frames, then Linear, ReLU, Linear."""
 
     def __init__(self, config: StackConnectorConfig, d_encoder: int, d_llm: int) -> None:

@@ -1,0 +1,25 @@
+"""What every connector is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Connector(nn.Module, ABC):
+    """Map encoder frames into the LLM's embedding space.
+
+    Attributes:
+        stack_size: encoder frames that one audio embedding stands for, rounded up at a clip's end.
+    """
+
+    stack_size: int
+
+    @abstractmethod
+    def forward(self, encoder_frames: Tensor, frame_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Map frames (B, F, D_enc) of lengths (B,) to embeddings (B, N, D_llm) and theirs (B,)."""
