@@ -44,6 +44,7 @@ class Parts:
         prompt: what the user turn asks.
         languages: ISO 639-1 codes.
         random_encoder: start from random encoder weights (an ablation).
+        seed: of the weights that are made anew.
     """
 
     encoder: str
@@ -54,6 +55,7 @@ class Parts:
     prompt: str = DEFAULT_PROMPT
     languages: tuple[str, ...] = ()
     random_encoder: bool = False
+    seed: int = 0
 
 
 def prepare_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -106,13 +108,15 @@ def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLM
         eos_token_id=tokenizer.eos_token_id,
         languages=list(parts.languages),
     )
-    encoder = (
-        WhisperEncoder(config.encoder_config)
-        if parts.random_encoder
-        else load_encoder(encoder_folder, config, torch.float32)
-    )
-    llm = load_llm(llm_folder, config, torch.float32)
-    model = SpeechLLMForConditionalGeneration(config, encoder=encoder, llm=llm)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(parts.seed)
+        encoder = (
+            WhisperEncoder(config.encoder_config)
+            if parts.random_encoder
+            else load_encoder(encoder_folder, config, torch.float32)
+        )
+        llm = load_llm(llm_folder, config, torch.float32)
+        model = SpeechLLMForConditionalGeneration(config, encoder=encoder, llm=llm)
     _take_over_ctc_head(model, encoder_folder / CTC_HEAD_FILE)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id

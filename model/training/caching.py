@@ -12,7 +12,7 @@ from tqdm import tqdm
 from model.data.audio import load_audio
 from model.data.augmentation import AugmentationConfig, WaveformAugmenter
 from model.data.sampler import DurationBucketSampler
-from model.log_mel import SAMPLE_RATE_HZ
+from model.log_mel import WINDOW_SAMPLES
 from model.training.feature_cache import FeatureCacheWriter, fingerprint
 from model.training.speech_data import load_noises
 
@@ -66,7 +66,9 @@ def write_cache(
         for number, utterance in enumerate(usable)
     ]
     pending = [item for item in wanted if item[0] not in writer.done]
-    augmenter = WaveformAugmenter(AugmentationConfig(), load_noises(config.noise_dir))
+    augmenter = WaveformAugmenter(
+        AugmentationConfig(max_duration_s=config.max_audio_s), load_noises(config.noise_dir)
+    )
     sampler = DurationBucketSampler(
         [item[2].duration for item in pending], config.max_batch_audio_s, config.seed
     )
@@ -74,7 +76,7 @@ def write_cache(
     with tqdm(total=round(total_s), unit="audio-s", desc="cache", mininterval=2.0) as bar:
         for batch in sampler if pending else ():
             items = [pending[index] for index in batch]
-            clips = [_waveform(item, augmenter, config) for item in items]
+            clips = [_waveform(item, augmenter, config.seed) for item in items]
             features, feature_lens = processor.features(clips, model.device)
             frames, frame_lens = model.encode(features, feature_lens)
             for item, row, length in zip(items, frames, frame_lens.tolist(), strict=True):
@@ -92,11 +94,11 @@ def write_cache(
 
 
 def _waveform(
-    item: tuple[str, int, Utterance], augmenter: WaveformAugmenter, config: CachingConfig
+    item: tuple[str, int, Utterance], augmenter: WaveformAugmenter, seed: int
 ) -> np.ndarray:
     name, copy, utterance = item
     waveform = load_audio(utterance.audio)
     if copy:
         number = int(name.split("-", maxsplit=1)[0])
-        waveform = augmenter(waveform, np.random.default_rng((config.seed, copy, number)))
-    return waveform[: int(config.max_audio_s * SAMPLE_RATE_HZ)]
+        waveform = augmenter(waveform, np.random.default_rng((seed, copy, number)))
+    return waveform[:WINDOW_SAMPLES]  # a manifest's durations are rounded

@@ -4,35 +4,39 @@ A stage brings a module whose forward turns a batch into a loss, and batches tha
 function of (epoch, index). All randomness of a step derives from (seed, epoch, index, rank), so a
 run that was killed and resumed follows the curve of one that was not.
 
-The state of a run lies in `<output>/state/` (safetensors and JSON, swapped in atomically), its
-measurements in `<output>/metrics.jsonl`, its curves in `<output>/curves.png`.
+Several processes (`accelerate launch`, `torchrun`) train one run: each takes its share of every
+epoch, the first of them writes the run folder.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import signal
+import threading
 import time
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate import Accelerator, InitProcessGroupKwargs
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model.training.curves import plot_curves
+from model.training.run_folder import RunFolder, Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import FrameType
 
     from torch import Tensor, nn
 
 Batch = dict[str, Any]
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Validation and saving happen on one process; the others wait as long as this.
+_PATIENCE = timedelta(hours=6)
 
 
 class LoopConfig(BaseModel):
@@ -85,36 +89,6 @@ class EpochBatches(Protocol):
         """Yield the batches from index `start` on."""
 
 
-@dataclass(slots=True)
-class Progress:
-    """Where a run stands; `batch` counts within `epoch`, `step` counts optimiser steps."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    audio_s: float = 0.0
-    elapsed_s: float = 0.0
-
-
-@dataclass(slots=True)
-class _Window:
-    """Sums between two log lines."""
-
-    started: float = field(default_factory=time.monotonic)
-    batches: int = 0
-    audio_s: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, outputs: dict[str, Tensor], audio_s: float) -> None:
-        self.batches += 1
-        self.audio_s += audio_s
-        for name, value in outputs.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
-
-    def means(self) -> dict[str, float]:
-        return {name: total / self.batches for name, total in self.sums.items()}
-
-
 def learning_rate_factor(config: LoopConfig, step: int, done: float) -> float:
     """Linear warm-up, then cosine decay over the fraction of the run that is `done` in [0, 1]."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -137,221 +111,187 @@ class TrainingLoop:
             identity: everything else that must not change between a run and its resumption.
 
         Raises:
-            ValueError: `output` holds a run with another configuration.
+            ValueError: `output` holds a run with other settings or a damaged state, or
+                TensorBoard is asked for and not installed.
         """
         self.stage = stage
         self.config = config
         self.output = output
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.precision == "bf16" else "no",
-            gradient_accumulation_steps=config.grad_accumulation,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
-        self.progress = Progress()
-        self._claim_folder(identity)
-        # A product that exists is a finished run: `run` then has nothing to do.
-        set_seed(config.seed)
-        groups = stage.parameter_groups()
+        self._stop_signal: int | None = None
+        self._folder = RunFolder(output)
+        settings = {"loop": config.model_dump(), "stage": identity}
+        self._folder.check(settings)
+        self.accelerator.wait_for_everyone()  # all have read what the first one now writes
+        if self.is_main_process:
+            self._folder.claim(settings)
         optimiser = torch.optim.AdamW(
-            groups,
+            stage.parameter_groups(),
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
         self.module, self.optimiser = self.accelerator.prepare(stage.module, optimiser)
-        self._resume()
-        self._last_saved = time.monotonic()
-        self._writer = self._tensorboard() if config.tensorboard else None
-
-    # -- the run folder ------------------------------------------------------------------------
-
-    def _claim_folder(self, identity: dict[str, Any]) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        record = {"loop": self.config.model_dump(), "stage": identity}
-        record = json.loads(json.dumps(record, default=str))
-        path = self.output / "run.json"
-        if path.exists():
-            found = json.loads(path.read_text())
-            changed = sorted(
-                f"{part}.{key}"
-                for part in ("loop", "stage")
-                for key in {*record[part], *found.get(part, {})}
-                if record[part].get(key) != found.get(part, {}).get(key)
-                and key not in {"max_steps", "save_every_s", "log_every_steps", "tensorboard"}
-            )
-            if changed:
-                raise ValueError(
-                    f"{self.output} holds a run with other settings ({', '.join(changed)}); "
-                    "repeat its settings to resume it, or choose another output folder"
-                )
-        if self.accelerator.is_main_process:
-            path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        self.progress = self._folder.load_state(self._trained(), self.optimiser)
+        self.accelerator.wait_for_everyone()
+        self._writer: Any = None
+        if self.is_main_process:
+            self._folder.truncate_metrics(self.progress.step, self.progress.epoch)
+            self._writer = self._tensorboard() if config.tensorboard else None
+        self._last_saved = self._clock = time.monotonic()
 
     @property
-    def _state(self) -> Path:
-        return self.output / "state"
+    def is_main_process(self) -> bool:
+        """Whether this process writes the run folder."""
+        return bool(self.accelerator.is_main_process)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         module = self.accelerator.unwrap_model(self.module)
         return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     def save_state(self) -> None:
-        """Write weights, optimiser and progress so that a kill at any moment loses nothing."""
+        """Write weights, optimiser and progress so that a kill loses no more than what follows."""
         self._last_saved = time.monotonic()
-        if not self.accelerator.is_main_process:
-            return
-        fresh = self.output / "state.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        trained = self._trained()
-        save_file({name: p.detach().cpu().contiguous() for name, p in trained.items()},
-                  fresh / "weights.safetensors")  # fmt: skip
-        moments: dict[str, Tensor] = {}
-        for name, parameter in trained.items():
-            for key, value in self.optimiser.state.get(parameter, {}).items():
-                moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        save_file(moments, fresh / "optimiser.safetensors")
-        progress = {name: getattr(self.progress, name) for name in Progress.__slots__}
-        (fresh / "progress.json").write_text(json.dumps(progress))
-        old = self.output / "state.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self._state.exists():
-            self._state.rename(old)
-        fresh.rename(self._state)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _resume(self) -> None:
-        state = self._state
-        if not state.exists() and (self.output / "state.old").exists():
-            state = self.output / "state.old"  # killed between the two renames
-        if not state.exists():
-            return
-        trained = self._trained()
-        weights = load_file(state / "weights.safetensors")
-        if weights.keys() != trained.keys():
-            raise ValueError(f"{state} holds other trained tensors than this stage has")
-        moments = load_file(state / "optimiser.safetensors")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
-                entries = {
-                    key.rsplit(":", 1)[1]: value
-                    for key, value in moments.items()
-                    if key.rsplit(":", 1)[0] == name
-                }
-                self.optimiser.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device)
-                    for key, value in entries.items()
-                }
-        self.progress = Progress(**json.loads((state / "progress.json").read_text()))
-        self._truncate_metrics()
-
-    def _truncate_metrics(self) -> None:
-        """Drop what was logged after the state that is resumed."""
-        path = self.output / "metrics.jsonl"
-        if path.exists() and self.accelerator.is_main_process:
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            kept = [line for line in lines if line["step"] <= self.progress.step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if self.is_main_process:
+            self._folder.save_state(self._trained(), self.optimiser, self.progress)
 
     def _tensorboard(self) -> Any:  # noqa: ANN401 - an optional package's class
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
-
-        return SummaryWriter(str(self.output / "tensorboard"))
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
+        except ImportError as error:
+            raise ValueError(
+                "TensorBoard is not installed: pip install 'speechllm[tensorboard]'"
+            ) from error
+        return SummaryWriter(str(self.output / "tensorboard"), purge_step=self.progress.step + 1)
 
     def _log(self, record: dict[str, float]) -> None:
-        if not self.accelerator.is_main_process:
+        if not self.is_main_process:
             return
-        with (self.output / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._folder.log(record)
         if self._writer is not None:
             for name, value in record.items():
                 self._writer.add_scalar(name, value, record["step"])
+            self._writer.flush()
 
-    # -- the run -------------------------------------------------------------------------------
+    def run(self) -> bool:
+        """Train until the last epoch, then write the product: the last epoch's weights.
 
-    def run(self) -> None:
-        """Train until the last epoch, then write the product."""
-        first = self.progress.epoch
-        for epoch in range(first, self.config.epochs):
-            finished = self._epoch(epoch)
-            if not finished:
-                self.save_state()
-                return
-            self.progress.epoch, self.progress.batch = epoch + 1, 0
-            self._validate()
+        Returns:
+            False when `max_steps` or a signal (SIGINT, SIGTERM) stopped the run before its end;
+            its state is saved, and the same command goes on from there.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        with self._stopping_at_a_step():
+            finished = all(
+                self._epoch(epoch) for epoch in range(self.progress.epoch, self.config.epochs)
+            )
+        if not finished:
             self.save_state()
-        if self.accelerator.is_main_process:
+        elif self.is_main_process:
             self.stage.save(self.output)
-            plot_curves(self.output / "metrics.jsonl", self.output / "curves.png")
+        if self.is_main_process:
+            self._folder.plot()
+        if self._writer is not None:
+            self._writer.close()
+        self.accelerator.end_training()
+        return finished
 
-    def _validate(self) -> None:
-        module = self.accelerator.unwrap_model(self.module)
-        module.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            figures = self.stage.validate(module)
-        if figures:
-            record = {"step": self.progress.step, "epoch": self.progress.epoch}
-            self._log(record | {f"dev_{name}": value for name, value in figures.items()})
-            if self.accelerator.is_main_process:
-                line = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                tqdm.write(f"epoch {self.progress.epoch}  dev  {line}")
-                plot_curves(self.output / "metrics.jsonl", self.output / "curves.png")
+    @contextmanager
+    def _stopping_at_a_step(self) -> Iterator[None]:
+        """Let a signal end the run after the step in hand, whose state is whole.
+
+        A second signal does what it did before.
+        """
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            self._stop_signal = number
+            signal.signal(number, former[number])
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        former = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+        for number in _STOP_SIGNALS:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
     def _epoch(self, epoch: int) -> bool:
-        """Train one epoch from where the run stands; false when `max_steps` stopped it."""
+        """Train one epoch from where the run stands and validate; false when it was stopped."""
+        if self._should_stop():
+            return False
         ranks = self.accelerator
         batches = self.stage.epoch(epoch, ranks.process_index, ranks.num_processes)
-        total = len(batches)
-        bar = tqdm(
-            total=total,
+        self.module.train()
+        self._clock = time.monotonic()
+        with tqdm(
+            total=len(batches),
             initial=self.progress.batch,
             desc=f"epoch {epoch + 1}/{self.config.epochs}",
             unit="batch",
             disable=not ranks.is_local_main_process,
             mininterval=2.0,
-        )
-        window = _Window()
-        self.module.train()
-        with bar:
-            for index, batch in enumerate(
-                batches.iterate(self.progress.batch), start=self.progress.batch
-            ):
-                done = (epoch + index / total) / self.config.epochs
-                last = index == total - 1
-                stepped = self._step(batch, (epoch, index), done, window, last=last)
+        ) as bar:
+            start = self.progress.batch
+            for index, batch in enumerate(batches.iterate(start), start=start):
+                done = (epoch + index / len(batches)) / self.config.epochs
+                stepped = self._step(batch, (epoch, index, len(batches)), done)
                 self.progress.batch = index + 1
                 bar.update()
                 if stepped and self.progress.step % self.config.log_every_steps == 0:
-                    window = self._report(window, done, bar)
+                    self._report(done, bar)
                 if stepped and time.monotonic() - self._last_saved > self.config.save_every_s:
                     self.save_state()
-                if self.config.max_steps is not None and (
-                    self.progress.step >= self.config.max_steps
-                ):
+                # An epoch that is through is validated before the run may stop.
+                if stepped and index + 1 < len(batches) and self._should_stop():
                     return False
+        self.progress.epoch, self.progress.batch = epoch + 1, 0
+        self._validate()
+        self.save_state()
         return True
 
-    def _step(
-        self, batch: Batch, place: tuple[int, int], done: float, window: _Window, *, last: bool
-    ) -> bool:
-        """One batch forward and backward; true when the optimiser stepped."""
-        epoch, index = place
-        seed = (self.config.seed, epoch, index, self.accelerator.process_index)
-        torch.manual_seed(hash(seed) & 0x7FFFFFFF)
-        stepping = last or (index + 1) % self.config.grad_accumulation == 0
-        self.accelerator.gradient_state._set_sync_gradients(stepping)
+    def _should_stop(self) -> bool:
+        """Whether `max_steps` is reached or any process got a signal."""
+        limit = self.config.max_steps
+        if limit is not None and self.progress.step >= limit:
+            return True
+        stopped = self._stop_signal is not None
+        if self.accelerator.num_processes == 1:
+            return stopped
+        votes = torch.tensor(float(stopped), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, reduction="sum") > 0)
+
+    def _step(self, batch: Batch, place: tuple[int, int, int], done: float) -> bool:
+        """One batch forward and backward; true when the optimiser stepped.
+
+        `place` is the epoch, the batch's index in it, and the number of batches.
+        """
+        epoch, index, total = place
+        self._seed(epoch, index)
+        # The last window of an epoch may be short; its gradient is the mean of what it has.
+        first = index // self.config.grad_accumulation * self.config.grad_accumulation
+        size = min(self.config.grad_accumulation, total - first)
+        stepping = index == first + size - 1
         factor = learning_rate_factor(self.config, self.progress.step, done)
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate * factor * group.get("lr_scale", 1.0)
-        with self.accelerator.autocast():
-            outputs = self.module(batch)
-        loss = outputs["loss"]
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {float(loss)} at epoch {epoch}, batch {index}; lower the learning "
-                "rate, or look for damaged audio in that batch"
-            )
-        self.accelerator.backward(loss)
+        with nullcontext() if stepping else self.accelerator.no_sync(self.module):
+            with self.accelerator.autocast():
+                outputs: dict[str, Tensor] = self.module(batch)
+            if not torch.isfinite(outputs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {float(outputs['loss'])} at epoch {epoch}, batch {index}; lower "
+                    "the learning rate, or look for damaged audio in that batch"
+                )
+            self.accelerator.backward(outputs["loss"] / size)
         if stepping:
             norm = self.accelerator.clip_grad_norm_(
                 self.module.parameters(), self.config.max_grad_norm
@@ -360,17 +300,34 @@ class TrainingLoop:
             self.optimiser.step()
             self.optimiser.zero_grad()
             self.progress.step += 1
-        audio_s = float(batch["audio_s"]) * self.accelerator.num_processes
-        self.progress.audio_s += audio_s
-        window.add(outputs, audio_s)
+        values = {name: float(value.detach()) for name, value in outputs.items()}
+        self._measure(values, float(batch["audio_s"]))
         return stepping
 
-    def _report(self, window: _Window, done: float, bar: Any) -> _Window:  # noqa: ANN401 - tqdm
-        elapsed = time.monotonic() - window.started
-        self.progress.elapsed_s += elapsed
-        rate = window.audio_s / elapsed
+    def _seed(self, epoch: int, index: int) -> None:
+        """Make the step's dropout and masks a function of its place and rank alone.
+
+        numpy's SeedSequence mixes the numbers; its result is the same in every version.
+        """
+        entropy = (self.config.seed, epoch, index, self.accelerator.process_index)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def _measure(self, values: dict[str, float], audio_s: float) -> None:
+        """Add a batch to the log window; the time is that since the last batch."""
+        audio_s *= self.accelerator.num_processes  # ranks have batches of about the same size
+        self.progress.audio_s += audio_s
+        self.progress.window.add(values, audio_s)
+        now = time.monotonic()
+        self.progress.window.elapsed_s += now - self._clock
+        self.progress.elapsed_s += now - self._clock
+        self._clock = now
+
+    def _report(self, done: float, bar: Any) -> None:  # noqa: ANN401 - tqdm
+        """Log the window's means over all ranks and start a new window."""
+        window = self.progress.window
+        rate = window.audio_s / max(window.elapsed_s, 1e-9)
         learning_rate = self.optimiser.param_groups[0]["lr"]
-        means = window.means()
+        means = self._mean_over_ranks(window)
         record = {
             "step": self.progress.step,
             "epoch": round(done * self.config.epochs, 4),
@@ -385,4 +342,27 @@ class TrainingLoop:
             f"loss {means['loss']:.3f}  lr {learning_rate:.1e}  {rate:.0f} audio-s/s  "
             f"run ETA {remaining_s / 60:.0f} min"
         )
-        return _Window()
+        self.progress.window = Window()
+
+    def _mean_over_ranks(self, window: Window) -> dict[str, float]:
+        means = {name: total / window.counts[name] for name, total in window.sums.items()}
+        if self.accelerator.num_processes == 1:
+            return means
+        local = torch.tensor(list(means.values()), device=self.accelerator.device)
+        mean = self.accelerator.reduce(local, reduction="mean")
+        return dict(zip(means, mean.tolist(), strict=True))
+
+    def _validate(self) -> None:
+        """Validate on the first process while the others wait, and log the figures."""
+        if self.is_main_process:
+            module = self.accelerator.unwrap_model(self.module)
+            module.eval()
+            with torch.no_grad(), self.accelerator.autocast():
+                figures = self.stage.validate(module)
+            if figures:
+                record = {"step": self.progress.step, "epoch": self.progress.epoch}
+                self._log(record | {f"dev_{name}": value for name, value in figures.items()})
+                line = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                tqdm.write(f"epoch {self.progress.epoch}  dev  {line}")
+                self._folder.plot()
+        self.accelerator.wait_for_everyone()

@@ -20,10 +20,11 @@ from model.data.augmentation import (
     AugmentationConfig,
     WaveformAugmenter,
     concatenate_utterances,
+    joined_duration_s,
     plan_concatenation,
 )
 from model.data.sampler import DurationBucketSampler
-from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, pad_waveforms
+from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, WINDOW_SAMPLES, pad_waveforms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,7 @@ class _Examples(Dataset[tuple[np.ndarray, str]]):
         self._utterances = utterances
         self._examples = examples
         self._augmenter = augmenter
-        self._max_samples = int(max_audio_s * SAMPLE_RATE_HZ)
+        self._max_audio_s = max_audio_s
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -79,13 +80,11 @@ class _Examples(Dataset[tuple[np.ndarray, str]]):
         parts = [self._utterances[i] for i in example.indices]
         clips = [(load_audio(part.audio), part.text or "") for part in parts]
         waveform, text = (
-            clips[0]
-            if len(clips) == 1
-            else concatenate_utterances(clips, rng, max_duration_s=WINDOW_S)
+            clips[0] if len(clips) == 1 else concatenate_utterances(clips, rng, self._max_audio_s)
         )
         if self._augmenter is not None:
             waveform = self._augmenter(waveform, rng)
-        return waveform[: self._max_samples], text
+        return waveform[:WINDOW_SAMPLES], text  # a manifest's durations are rounded
 
 
 class SpeechBatches:
@@ -154,7 +153,10 @@ class SpeechData:
         self._tokenise = tokenise
         self._seed = seed
         self._augmenter = (
-            WaveformAugmenter(AugmentationConfig(), load_noises(config.noise_dir))
+            WaveformAugmenter(
+                AugmentationConfig(max_duration_s=config.max_audio_s),
+                load_noises(config.noise_dir),
+            )
             if config.augment
             else None
         )
@@ -182,7 +184,10 @@ class SpeechData:
         """Plan the batches of one epoch for one rank."""
         examples = self._plan(epoch)
         sampler = DurationBucketSampler(
-            [sum(self._utterances[i].duration for i in example.indices) for example in examples],
+            [
+                joined_duration_s(self._utterances[i].duration for i in example.indices)
+                for example in examples
+            ],
             max_batch_audio_s=self._config.max_batch_audio_s,
             seed=self._seed,
             rank=rank,

@@ -173,6 +173,7 @@ class WhisperStage:
         seed: int,
     ) -> None:
         self.config = config
+        torch.manual_seed(seed)  # of the tensors that are made anew
         self.whisper, self.tokenizer = load_whisper(config)
         # The sinusoids adapt too: in trimmed mode most clips use only the first positions.
         self.whisper.model.encoder.embed_positions.requires_grad_(True)

@@ -47,8 +47,13 @@ def _read(manifests: list[Path] | None, audio_root: Path | None) -> list[Utteran
 def _run(stage: Stage, loop: LoopConfig, output: Path, identity: dict[str, Any]) -> None:
     from model.training.loop import TrainingLoop
 
-    TrainingLoop(stage, loop, output, identity).run()
-    typer.echo(f"written to {output}")
+    run = TrainingLoop(stage, loop, output, identity)
+    if run.run():
+        typer.echo(f"written to {output}")
+        return
+    typer.echo(f"stopped at step {run.progress.step}; the same command goes on from there")
+    if loop.max_steps is None or run.progress.step < loop.max_steps:
+        raise typer.Exit(1)
 
 
 @train_app.command("whisper")
@@ -198,7 +203,7 @@ def train_connector(
         encoder=encoder, llm=llm,
         connector={"stack_size": stack_size, "hidden_size": connector_hidden_size}, ctc=ctc,
         encoder_mode=encoder_mode, prompt=DEFAULT_PROMPT if prompt is None else prompt,
-        languages=tuple(language or ()), random_encoder=random_encoder,
+        languages=tuple(language or ()), random_encoder=random_encoder, seed=seed,
     )  # fmt: skip
     if model is not None:
         import torch
