@@ -98,6 +98,12 @@ def digit_strings(rows: list[Row], folder: Path) -> list[Row]:
     return clips
 
 
+def held_out_texts(*splits: list[Row]) -> set[str]:
+    """What dev and test splits say; single words, such as digits, are no sentence to hold out."""
+    texts = {comparable(row["text"]) for rows in splits for row in rows}
+    return {text for text in texts if " " in text}
+
+
 def lm_text(text_dir: Path, transcripts: list[str], held_out: set[str]) -> list[str]:
     """Text for tokenizer and LM, without any sentence of a dev or test split."""
 
@@ -134,7 +140,16 @@ def main() -> None:
         (noise_dir / path.name).unlink(missing_ok=True)
         (noise_dir / path.name).symlink_to(path.resolve())
 
-    train_human = [row for name in HUMAN_TRAIN for row in human(name)]
+    held_out = held_out_texts(
+        *(human(name) for name in HELD_OUT_MANIFESTS),
+        *(synthetic(name) for name in ("en_dev", "mn_dev", "mn_test")),
+    )
+    train_human = [
+        row
+        for name in HUMAN_TRAIN
+        for row in human(name)
+        if comparable(row["text"]) not in held_out
+    ]
     silent = non_speech(train_noises, output / "non_speech_train", N_NOISE_TRAIN, seed=1)
     write_rows(output / "train_human.jsonl", train_human)
     write_rows(output / "train.jsonl", train_human + silent + synthetic("train"))
@@ -149,14 +164,6 @@ def main() -> None:
     silent = non_speech(test_noises, output / "non_speech_test", N_NOISE_TEST, seed=2)
     write_rows(output / "test_non_speech.jsonl", silent)
 
-    held_out = {
-        comparable(row["text"])
-        for rows in (
-            *(human(name) for name in HELD_OUT_MANIFESTS),
-            *(synthetic(name) for name in ("en_dev", "mn_dev", "mn_test")),
-        )
-        for row in rows
-    }
     lines = lm_text(data / "text", [row["text"] for row in train_human], held_out)
     (output / "lm_text.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"lm_text.txt: {len(lines)} lines")  # noqa: T201 - a script's report
