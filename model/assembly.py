@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from model.checkpoint import (
     load_encoder,
     load_llm,
     load_tokenizer,
+    read_config_file,
     read_tensors,
     resolve,
 )
@@ -87,7 +87,8 @@ def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLM
     """
     encoder_folder, llm_folder = resolve(parts.encoder), resolve(parts.llm)
     tokenizer = prepare_tokenizer(parts.llm)
-    encoder_fields = json.loads((encoder_folder / "config.json").read_text())
+    encoder_fields = read_config_file(encoder_folder / "config.json")
+    read_config_file(llm_folder / "config.json")
     llm_config = AutoConfig.from_pretrained(llm_folder)
     if max(tokenizer.get_vocab().values()) >= llm_config.vocab_size:
         raise CheckpointError(

@@ -177,6 +177,23 @@ def _refuse(faults: list[str], origin: str) -> None:
         raise CheckpointError(f"{origin}: {'; '.join(faults[:5])}{more}")
 
 
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, no JSON, or no object.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file; is this a checkpoint folder?")
+    try:
+        fields = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return fields
+
+
 def load_config(folder: Path) -> SpeechLLMConfig:
     """Read `config.json`.
 
@@ -184,16 +201,11 @@ def load_config(folder: Path) -> SpeechLLMConfig:
         CheckpointError: it is missing, no JSON, of another model type, or has a value out of range.
     """
     path = folder / "config.json"
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file; is this a checkpoint folder?")
-    try:
-        fields = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(fields, dict) or fields.get("model_type") != SpeechLLMConfig.model_type:
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
+    fields = read_config_file(path)
+    if fields.get("model_type") != SpeechLLMConfig.model_type:
         raise CheckpointError(
-            f"{path}: model_type is {kind!r}, wanted {SpeechLLMConfig.model_type!r}"
+            f"{path}: model_type is {fields.get('model_type')!r}, wanted "
+            f"{SpeechLLMConfig.model_type!r}"
         )
     try:
         config: SpeechLLMConfig = SpeechLLMConfig.from_dict(fields)

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import WhisperForConditionalGeneration as Whisper
 
-from model.checkpoint import check_tensors, load_tokenizer, load_whole, read_tensors, resolve
+from model.checkpoint import (
+    check_tensors,
+    load_tokenizer,
+    load_whole,
+    read_config_file,
+    read_tensors,
+    resolve,
+)
 from model.ctc import ctc_greedy
 from model.encoder import EncoderMode, encode, length_mask
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, log_mel_spectrogram, pad_waveforms
@@ -104,6 +111,7 @@ class WhisperTranscriber:
         """
         chosen = pick_device(device)
         folder = resolve(path)
+        read_config_file(folder / "config.json")  # transformers would take its defaults
         whisper = load_whole(Whisper, folder, pick_dtype(dtype, chosen))
         ctc_head = None
         if (folder / CTC_HEAD_FILE).exists():

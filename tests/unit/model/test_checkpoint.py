@@ -1,6 +1,7 @@
 """A checkpoint folder is written, read, and refused by name where it does not fit."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from model.checkpoint import (
     save_model,
 )
 from model.modeling import SpeechLLMForConditionalGeneration
-from tests.conftest import make_tiny_checkpoint
 
 
 @pytest.fixture
@@ -33,6 +33,18 @@ def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def damage(file: Path, tensor: str, fault: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if fault == "missing":
+            del tensors[tensor]
+        elif fault == "extra":
+            tensors[f"{tensor}_twice"] = torch.zeros(3)
+        else:
+            tensors[tensor] = torch.zeros(7, 7)
+
+    edit_tensors(file, change)
 
 
 def edit_json(file: Path, **fields: object) -> None:
@@ -65,9 +77,29 @@ def test_stored_dtype_halves_the_files_and_loads_as_asked(
     files = ("connector.safetensors", "encoder/model.safetensors", "llm/model.safetensors")
     for name in files:
         assert all(t.dtype == torch.float16 for t in load_file(tmp_path / name).values())
-    assert {p.dtype for p in load_model(tmp_path, dtype=torch.float32).parameters()} == {
-        torch.float32
-    }
+    for dtype, expected in ((None, torch.float16), (torch.float32, torch.float32)):
+        assert {p.dtype for p in load_model(tmp_path, dtype=dtype).parameters()} == {expected}
+
+
+def test_bfloat16_storage_is_read_back_bit_for_bit(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.bfloat16)
+    save_model(model, tmp_path, processor=load_processor(tiny_checkpoint))
+    for name, tensor in load_model(tmp_path).state_dict().items():
+        assert tensor.dtype == torch.bfloat16, name
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_tied_weights_are_stored_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    save_model(load_model(tiny_checkpoint), tmp_path, dtype=torch.float16)
+    assert "lm_head.weight" not in load_file(tmp_path / "llm" / "model.safetensors")
+
+
+def test_saving_and_loading_print_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    save_model(load_model(tiny_checkpoint), tmp_path, processor=load_processor(tiny_checkpoint))
+    load_model(tmp_path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_connector_is_published_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -124,15 +156,7 @@ def test_weights_are_not_initialised_before_they_are_loaded(
 def test_a_tensor_that_does_not_fit_is_named(
     folder: Path, file: str, tensor: str, fault: str
 ) -> None:
-    def damage(tensors: dict[str, torch.Tensor]) -> None:
-        if fault == "missing":
-            del tensors[tensor]
-        elif fault == "extra":
-            tensors[f"{tensor}_twice"] = torch.zeros(3)
-        else:
-            tensors[tensor] = torch.zeros(7, 7)
-
-    edit_tensors(folder / file, damage)
+    damage(folder / file, tensor, fault)
     with pytest.raises(CheckpointError) as refusal:
         load_model(folder)
     wanted = {"missing": "is missing", "extra": "is not part of", "shape": "has shape (7, 7)"}
@@ -140,7 +164,9 @@ def test_a_tensor_that_does_not_fit_is_named(
     assert wanted[fault] in str(refusal.value)
 
 
-@pytest.mark.parametrize("file", ["connector.safetensors", "encoder/model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["connector.safetensors", "encoder/model.safetensors", "llm/model.safetensors"]
+)
 def test_a_file_cut_short_is_named(folder: Path, file: str) -> None:
     content = (folder / file).read_bytes()
     (folder / file).write_bytes(content[: len(content) // 2])
@@ -148,12 +174,50 @@ def test_a_file_cut_short_is_named(folder: Path, file: str) -> None:
         load_model(folder)
 
 
-@pytest.mark.parametrize("place", ["pytorch_model.bin", "encoder/weights.pt"])
-def test_a_pickle_is_refused(folder: Path, place: str) -> None:
-    if "/" in place:
-        (folder / "encoder" / "model.safetensors").unlink()
+@pytest.mark.parametrize(
+    "place", ["pytorch_model.bin", "encoder/weights.pt", "llm/pytorch_model.bin", "lora/x.pkl"]
+)
+def test_a_pickle_is_refused_even_beside_safetensors(folder: Path, place: str) -> None:
+    (folder / place).parent.mkdir(exist_ok=True)
     (folder / place).write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError, match=f"{Path(place).name}: a pickle file"):
+        load_model(folder)
+
+
+def test_a_part_with_nothing_but_a_pickle_is_refused(folder: Path) -> None:
+    model = load_model(folder)
+    elsewhere = folder.parent / "elsewhere"
+    (folder / "llm").rename(elsewhere)
+    (elsewhere / "model.safetensors").rename(elsewhere / "pytorch_model.bin")
+    model.config.llm = str(elsewhere)
+    model.config.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: a pickle file"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_broken_index_of_shards_is_named(folder: Path, content: str) -> None:
+    (folder / "llm" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json: not an index"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("part", ["encoder", "llm"])
+def test_a_missing_part_is_named_and_not_looked_for_on_the_hub(
+    folder: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        pytest.fail("asked the hub for a part of the checkpoint's own")
+
+    monkeypatch.setattr("model.checkpoint.snapshot_download", refuse)
+    shutil.rmtree(folder / part)
+    with pytest.raises(CheckpointError, match=f"checkpoint/{part}: there is no such folder"):
+        load_model(folder)
+
+
+def test_a_broken_generation_config_is_named(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         load_model(folder)
 
 
@@ -173,9 +237,10 @@ def test_another_model_type_is_refused(folder: Path) -> None:
         load_config(folder)
 
 
-def test_broken_json_is_refused(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+@pytest.mark.parametrize(("content", "reason"), [("{", "not JSON"), ("[]", "not a JSON object")])
+def test_broken_json_is_refused(folder: Path, content: str, reason: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=reason):
         load_config(folder)
 
 
@@ -202,6 +267,25 @@ def test_a_processor_that_disagrees_with_the_model_is_refused(
         load_processor(folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"pad_token_id": 2}, "EOS would be padding"), ({"connector": "stack"}, "must be an object")],
+)
+def test_a_configuration_that_cannot_work_is_refused(
+    folder: Path, fields: dict[str, object], reason: str
+) -> None:
+    edit_json(folder / "config.json", **fields)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{reason}"):
+        load_config(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"version": "1.0", "model": null}'])
+def test_a_broken_tokenizer_is_refused(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="cannot read the processor"):
+        load_processor(folder)
+
+
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     edit_json(folder / "config.json", llm_config={**config["llm_config"], "vocab_size": 300})
@@ -215,22 +299,71 @@ def test_missing_tokenizer_files_are_refused(folder: Path) -> None:
         load_processor(folder)
 
 
-def test_lora_loads_merged_and_trainable(tmp_path: Path) -> None:
-    make_tiny_checkpoint(tmp_path)
-    model = load_model(tmp_path)
-    plain = logits(model, tmp_path)
+@pytest.fixture
+def adapted(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint with an adapter that changes its answers."""
+    model = load_model(tiny_checkpoint)
     model.llm = get_peft_model(model.llm, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(1)
     for name, parameter in model.llm.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     model.config.lora = "lora"
-    adapted = logits(model.eval(), tmp_path)
-    assert not torch.allclose(adapted, plain, atol=1e-3)
-    save_model(model, tmp_path, processor=load_processor(tmp_path))
-    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
-    merged, unmerged = load_model(tmp_path), load_model(tmp_path, merge_lora=False)
-    torch.testing.assert_close(logits(merged, tmp_path), adapted, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(logits(unmerged, tmp_path), adapted, atol=1e-4, rtol=1e-3)
+    expected = logits(model.eval(), tiny_checkpoint)
+    save_file({"logits": expected}, tmp_path / "expected.safetensors")
+    save_model(model, tmp_path / "adapted", processor=load_processor(tiny_checkpoint))
+    return tmp_path / "adapted"
+
+
+def test_lora_loads_merged_and_trainable(adapted: Path, tiny_checkpoint: Path) -> None:
+    expected = load_file(adapted.parent / "expected.safetensors")["logits"]
+    plain = logits(load_model(tiny_checkpoint), tiny_checkpoint)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    merged, unmerged = load_model(adapted), load_model(adapted, merge_lora=False)
+    torch.testing.assert_close(logits(merged, adapted), expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(logits(unmerged, adapted), expected, atol=1e-4, rtol=1e-3)
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    assert any(p.requires_grad for n, p in unmerged.named_parameters() if "lora_" in n)
+    trainable = {name for name, p in unmerged.llm.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+
+
+def test_a_merged_checkpoint_is_saved_with_its_own_llm(adapted: Path, tmp_path: Path) -> None:
+    edit_json(adapted / "config.json", llm=str(adapted / "llm"))  # as a hub id would be
+    merged = load_model(adapted)
+    save_model(merged, tmp_path / "merged", processor=load_processor(adapted))
+    assert not (tmp_path / "merged" / "lora").exists()
+    again = load_model(tmp_path / "merged")
+    assert torch.equal(logits(again, adapted), logits(merged, adapted))
+
+
+def test_an_adapter_names_no_path_of_the_machine_that_made_it(adapted: Path) -> None:
+    for file in (adapted / "lora").glob("*.*"):
+        assert str(adapted.parent).encode() not in file.read_bytes(), file.name
+    assert (
+        json.loads((adapted / "lora" / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        == "llm"
+    )
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "shape", "cut short", "config"])
+def test_an_adapter_that_does_not_fit_is_refused(adapted: Path, fault: str) -> None:
+    file = adapted / "lora" / "adapter_model.safetensors"
+    tensor = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    if fault == "cut short":
+        file.write_bytes(file.read_bytes()[:500])
+    elif fault == "config":
+        (adapted / "lora" / "adapter_config.json").write_text("{")
+    else:
+        damage(file, tensor, fault)
+    reason = {
+        "missing": f"{tensor} is missing",
+        "extra": f"{tensor}_twice is not part of",
+        "shape": f"{tensor} has shape (7, 7)",
+        "cut short": "adapter_model.safetensors: not a whole safetensors file",
+        "config": "cannot read the adapter",
+    }[fault]
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        load_model(adapted)

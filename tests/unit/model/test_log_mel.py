@@ -9,7 +9,7 @@ from transformers import WhisperFeatureExtractor
 
 from model.log_mel import WINDOW_SAMPLES, log_mel_spectrogram, mel_frame_lens, pad_waveforms
 
-LENGTHS = [48_000, 16_000 * 7 + 77, 1_000, 161]
+LENGTHS = [48_000, 16_000 * 7 + 77, 1_000, 161, 1]
 
 
 def noise(n_samples: int, seed: int = 0) -> np.ndarray:

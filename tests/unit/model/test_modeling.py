@@ -10,6 +10,7 @@ from transformers import (
     AutoModel,
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
 )
@@ -63,6 +64,32 @@ def test_generate_of_a_batch_equals_each_clip_alone(
         alone = processor([waveform])
         expected = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
         assert row[: len(expected)].tolist() == expected.tolist()
+
+
+@torch.inference_mode()
+def test_generate_without_a_cache_and_with_beams_reads_the_audio_too(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    batch = processor(clips()[:2])
+    greedy = model.generate(**batch, max_new_tokens=6, do_sample=False)
+    uncached = model.generate(**batch, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert uncached.tolist() == greedy.tolist()
+    beams = model.generate(**batch, max_new_tokens=6, do_sample=False, num_beams=2)
+    alone = processor([clips()[1]])
+    expected = model.generate(**alone, max_new_tokens=6, do_sample=False, num_beams=2)
+    n_new = expected.shape[1] - alone["input_ids"].shape[1]
+    assert beams[1, batch["input_ids"].shape[1] :][:n_new].tolist() == expected[0, -n_new:].tolist()
+
+
+@torch.inference_mode()
+def test_cached_encoder_frames_give_the_same_logits_as_the_audio(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    batch = processor(clips(), TEXTS)
+    expected = model(**batch).logits
+    frames, frame_lens = model.encode(batch.pop("input_features"), batch.pop("feature_lens"))
+    again = model(**batch, encoder_frames=frames, frame_lens=frame_lens).logits
+    torch.testing.assert_close(again, expected)
 
 
 @torch.inference_mode()
@@ -168,7 +195,7 @@ def test_blanks_embed_to_nothing_and_a_certain_token_to_its_embedding(
     torch.testing.assert_close(embeds[0, 2], expected)  # four frames of it are still one mean
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
 @torch.inference_mode()
 def test_any_causal_lm_works(tmp_path: Path, family: str) -> None:
     configs = {
@@ -180,6 +207,12 @@ def test_any_causal_lm_works(tmp_path: Path, family: str) -> None:
         "gpt2": GPT2Config(
             vocab_size=320, n_embd=40, n_layer=2, n_head=4, n_positions=512,
             bos_token_id=2, eos_token_id=2, pad_token_id=0,
+        ),
+        # Its decoder scales the embeddings it is given.
+        "gemma": GemmaConfig(
+            vocab_size=320, hidden_size=40, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+            num_attention_heads=4, num_key_value_heads=1,
+            bos_token_id=None, eos_token_id=2, pad_token_id=0,
         ),
     }  # fmt: skip
     make_tiny_checkpoint(tmp_path, llm_config=configs[family])

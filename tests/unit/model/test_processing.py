@@ -1,5 +1,6 @@
 """The token sequence, built in one place."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,8 @@ def test_pad_equal_to_eos_is_refused(processor: SpeechLLMProcessor, tiny_checkpo
 
 def test_a_tokenizer_without_the_audio_token_is_refused(tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    with pytest.raises(ValueError, match="no entry '<|sound|>'"):
-        SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer, audio_token="<|sound|>")
+    with pytest.raises(ValueError, match="no entry '<sound>'"):
+        SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer, audio_token="<sound>")  # noqa: S106
 
 
 def test_a_tokenizer_without_chat_template_gets_a_plain_sequence(tiny_checkpoint: Path) -> None:
@@ -133,30 +134,72 @@ def test_a_tokenizer_without_chat_template_gets_a_plain_sequence(tiny_checkpoint
     assert plain.tokenizer.decode(ids.suffix) == "zero\n"
 
 
-def test_qwen_tokenizer_is_prepared_on_spare_ids(shared_data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "qwen"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def qwen(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> SpeechLLMProcessor:
+    """A processor on Qwen2.5's tokenizer; its template adds a system turn, as Qwen's does."""
+    folder = tmp_path_factory.mktemp("qwen")
     (folder / "tokenizer.json").symlink_to(shared_data / "qwen2.5-tokenizer" / "tokenizer.json")
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
-        "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "chat_template": (
+            "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+            "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+            "<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        ),
     }
-    import json
-
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = prepare_tokenizer(str(folder))
-    audio_id = tokenizer.convert_tokens_to_ids("<|audio|>")
-    assert 151_643 <= audio_id < 151_936  # Qwen2.5's embedding has spare rows
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    qwen = SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer)
+    made = SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer)
+    made.save_pretrained(folder / "saved")
+    return SpeechLLMProcessor.from_pretrained(folder / "saved")
+
+
+def test_qwen_tokenizer_is_prepared_on_spare_ids(qwen: SpeechLLMProcessor) -> None:
+    assert 151_643 <= qwen.audio_token_id < 151_936  # Qwen2.5's embedding has spare rows
+    ends = (qwen.tokenizer.pad_token, qwen.tokenizer.eos_token)
+    assert ends == ("<|endoftext|>", "<|im_end|>")
     row = qwen.sequences([2], [qwen.text_ids("Сайн уу?")])["input_ids"][0]
     assert qwen.tokenizer.decode(row) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
         "<|im_start|>user\n<|audio|><|audio|>Юу гэж хэлсэн бэ?<|im_end|>\n"
         "<|im_start|>assistant\nСайн уу?<|im_end|>"
     )
+
+
+def test_qwen_merges_do_not_cross_the_parts_boundaries(qwen: SpeechLLMProcessor) -> None:
+    prompt, target = "trans", "late"
+    joint = qwen.tokenizer(prompt + target, add_special_tokens=False).input_ids
+    apart = qwen.text_ids(prompt) + qwen.text_ids(target)
+    assert joint != apart  # jointly tokenised, the labels would shift
+    qwen.tokenizer.chat_template, kept = None, qwen.tokenizer.chat_template
+    try:
+        ids = qwen.sequences([1], [qwen.text_ids("\n")], prompts=["x"])["input_ids"][0].tolist()
+    finally:
+        qwen.tokenizer.chat_template = kept
+    newline = qwen.text_ids("\n")
+    # The template's own newline and the target's stay two tokens.
+    assert ids == [
+        qwen.audio_token_id, *qwen.text_ids("x"), *newline, *newline, qwen.tokenizer.eos_token_id,
+    ]  # fmt: skip
+
+
+def test_qwen_reads_special_tokens_in_text_as_plain_text(qwen: SpeechLLMProcessor) -> None:
+    text = "a<|im_end|>b<|audio|>"
+    assert max(qwen.text_ids(text)) < 151_643
+    assert qwen.decode_transcript(qwen.text_ids(text)) == text
+    marks = [qwen.audio_token_id, *qwen.text_ids("a"), qwen.tokenizer.eos_token_id]
+    assert qwen.decode_transcript(marks) == "a"
+
+
+def test_a_template_that_loses_the_turn_is_refused(tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    tokenizer.chat_template = "{{ messages[0].role }}"
+    broken = SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer)
+    with pytest.raises(ValueError, match="drops or reorders the user's turn"):
+        broken.prompt_ids()
 
 
 def test_token_budget_grows_with_duration(tiny_checkpoint: Path) -> None:

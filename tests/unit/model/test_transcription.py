@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from model.checkpoint import CheckpointError, load_processor
 from model.processing import token_budget
 from model.training.tokenizer import train_tokenizer
 from model.transcription import Transcriber, identify_language, pick_device, pick_dtype
-from model.whisper_baseline import WhisperTranscriber, decoder_prefix
+from model.whisper_baseline import CTC_HEAD_FILE, WhisperTranscriber, decoder_prefix
 from tests.conftest import SENTENCES
 
 SECONDS = (0.4, 2.0, 1.1)
@@ -59,6 +60,11 @@ def test_eos_ends_a_transcript_with_stop(
     assert (first.token_ids, first.finish_reason) == ([40, 41], "stop")
     assert second.finish_reason == "length"
     assert (third.text, third.finish_reason) == ("", "stop")
+
+
+def test_a_cap_below_one_token_is_refused(transcriber: Transcriber) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        transcriber.transcribe(clips(), max_new_tokens=0)
 
 
 def test_a_prompt_changes_the_sequence(transcriber: Transcriber) -> None:
@@ -143,13 +149,47 @@ def test_the_whisper_baseline_hides_padding_from_its_decoder(tmp_path: Path, mod
 
 
 def test_a_whisper_without_a_tensor_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     write_whisper(tmp_path, "trimmed")
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.decoder.layers.0.fc1.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.0\.fc1\.weight is missing"):
+        WhisperTranscriber.from_pretrained(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("fault", ["shape", "cut short", "no config"])
+def test_a_damaged_whisper_is_refused(tmp_path: Path, fault: str) -> None:
+    write_whisper(tmp_path, "trimmed")
+    file = tmp_path / "model.safetensors"
+    if fault == "shape":
+        tensors = load_file(file)
+        tensors["model.decoder.layers.0.fc1.weight"] = torch.zeros(7, 7)
+        save_file(tensors, file, metadata={"format": "pt"})
+    elif fault == "cut short":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        (tmp_path / "config.json").unlink()
+    reason = {
+        "shape": r"layers\.0\.fc1\.weight has shape \(7, 7\)",
+        "cut short": r"model\.safetensors: not a whole safetensors file",
+        "no config": r"config",
+    }[fault]
+    with pytest.raises(CheckpointError, match=reason):
+        WhisperTranscriber.from_pretrained(tmp_path, device="cpu")
+
+
+def test_the_whisper_baseline_reads_a_ctc_head_beside_it(tmp_path: Path) -> None:
+    write_whisper(tmp_path, "trimmed")
+    token = train_tokenizer(SENTENCES * 4, vocab_size=320).convert_tokens_to_ids("a")
+    bias = torch.zeros(320)
+    bias[token] = 100.0  # every frame reads "a", which repeats merge into one
+    save_file({"weight": torch.zeros(320, 32), "bias": bias}, tmp_path / CTC_HEAD_FILE)
+    baseline = WhisperTranscriber.from_pretrained(tmp_path, device="cpu")
+    read = baseline.transcribe(clips(), with_ctc=True).transcripts
+    assert [transcript.ctc_text for transcript in read] == ["a"] * 3
+    assert baseline.transcribe(clips()[:1]).transcripts[0].ctc_text is None
+    save_file({"weight": torch.zeros(8, 32), "bias": bias}, tmp_path / CTC_HEAD_FILE)
+    with pytest.raises(CheckpointError, match=r"ctc_head\.safetensors: weight has shape \(8, 32\)"):
         WhisperTranscriber.from_pretrained(tmp_path, device="cpu")
 
 
