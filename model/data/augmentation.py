@@ -379,13 +379,15 @@ def spec_augment(
 class FeatureAugmentConfig:
     """Variation of encoder frames, where the audio itself is out of reach (cached features).
 
+    A Whisper encoder's dimensions differ a hundredfold in mean and spread, so that each is varied
+    in its own units and what is removed becomes the clip's mean, not zero.
+
     Attributes:
-        time_masks: number of stretches set to zero.
+        time_masks: number of stretches set to the clip's mean frame.
         max_time_share: most of a clip's frames in a stretch.
         max_time_frames: most frames in a stretch (20 ms each), however long the clip.
-        dropout: probability with which a dimension is zero throughout a clip; the others are
-            scaled up by 1 / (1 - dropout).
-        noise_std: standard deviation of Gaussian noise, in those of the clip's own values.
+        dropout: probability with which a dimension is at its mean throughout a clip.
+        noise_std: standard deviation of Gaussian noise, in those of each dimension in the clip.
     """
 
     time_masks: int = 3
@@ -429,27 +431,27 @@ def feature_augment(
     n_clips, n_frames, width = encoder_frames.shape
     lens = frame_lens.to(encoder_frames.device)
     valid = _valid(lens, n_frames)[..., None]  # (B, T, 1)
+    mean, std = _clip_statistics(encoder_frames, valid, lens)
     augmented = encoder_frames
     if config.noise_std:
         noise = _draw(torch.randn, encoder_frames.shape, encoder_frames, generator)
-        augmented = augmented + noise * (config.noise_std * _clip_std(encoder_frames, valid, lens))
+        augmented = augmented + noise * (config.noise_std * std)
     if config.dropout:
         dice = _draw(torch.rand, (n_clips, 1, width), encoder_frames, generator)
-        augmented = augmented * (dice >= config.dropout) / (1 - config.dropout)
+        augmented = torch.where(dice < config.dropout, mean, augmented)
     max_widths = (lens * config.max_time_share).clamp(max=config.max_time_frames)
     stretches = _span_mask(lens, max_widths, n_frames, config.time_masks, generator)
-    augmented = augmented.masked_fill(stretches[..., None], 0.0)
+    augmented = torch.where(stretches[..., None], mean, augmented)
     return torch.where(valid, augmented, encoder_frames)
 
 
-def _clip_std(frames: Tensor, valid: Tensor, lens: Tensor) -> Tensor:
-    """Standard deviation of each clip's valid values, (B, 1, 1)."""
-    counts = (lens.clamp(min=1) * frames.shape[2])[:, None, None]
-    kept = torch.where(valid, frames.float(), 0)
-    mean = kept.sum(dim=(1, 2), keepdim=True) / counts
-    deviations = torch.where(valid, kept - mean, 0)
-    variance = deviations.square().sum(dim=(1, 2), keepdim=True) / counts
-    return variance.sqrt().to(frames.dtype)
+def _clip_statistics(frames: Tensor, valid: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each dimension over a clip's frames, both (B, 1, D)."""
+    counts = lens.clamp(min=1)[:, None, None]
+    mean = torch.where(valid, frames.float(), 0).sum(dim=1, keepdim=True) / counts
+    deviations = torch.where(valid, frames.float() - mean, 0)
+    variance = deviations.square().sum(dim=1, keepdim=True) / counts
+    return mean.to(frames.dtype), variance.sqrt().to(frames.dtype)
 
 
 def _valid(lens: Tensor, n_frames: int) -> Tensor:

@@ -48,7 +48,8 @@ speechllm train connector --cache "$work/cache" --cache "$work/cache_human" \
     --dev "$prepared/dev.jsonl" --encoder "$work/whisper" --llm "$work/lm" --ctc fused \
     --prompt "" --language en --language mn --stack-size 5 --connector-hidden-size 512 \
     --train-llm --llm-lr-scale 1.0 --epochs 1 --learning-rate 6e-4 --warmup-steps 50 \
-    --max-batch-audio-s 40 --concatenation 0.1 --stored-dtype fp16 --output "$work/connector"
+    --max-batch-audio-s 40 --concatenation 0.1 --no-spec-augment --stored-dtype fp16 \
+    --output "$work/connector"
 
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default

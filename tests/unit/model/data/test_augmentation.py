@@ -411,23 +411,37 @@ def test_feature_noise_is_in_units_of_the_clips_own_deviation(dtype):
         assert added.std() / clean.std() == pytest.approx(0.2, rel=0.1)
 
 
-def test_feature_dropout_removes_dimensions_of_a_whole_clip_and_scales_the_others():
+def test_an_outlying_dimension_does_not_drown_the_others_in_noise():
+    frames, lens = frames_batch()
+    frames[:, :, 7] = 1000 * frames[:, :, 7] + 5000
+    config = FeatureAugmentConfig(time_masks=0, dropout=0.0, noise_std=0.2)
+    added = (feature_augment(frames, lens, config, generator()) - frames)[0]
+    ratios = added.std(dim=0) / frames[0].std(dim=0)
+    assert ratios.min() > 0.15
+    assert ratios.max() < 0.25
+
+
+def test_feature_dropout_sets_dimensions_to_their_mean_in_a_whole_clip():
     frames, lens = frames_batch()
     config = FeatureAugmentConfig(time_masks=0, dropout=0.25, noise_std=0.0)
     dropped = feature_augment(frames, lens, config, generator())
     for before, after, length in zip(frames, dropped, lens.tolist(), strict=True):
-        gone = (after[:length] == 0).all(dim=0)
+        gone = after[:length].std(dim=0) < 1e-5
         assert 0.05 < gone.float().mean() < 0.5
-        torch.testing.assert_close(after[:length, ~gone], before[:length, ~gone] / 0.75)
+        torch.testing.assert_close(after[0, gone], before[:length, gone].mean(dim=0))
+        torch.testing.assert_close(after[:length, ~gone], before[:length, ~gone])
 
 
-def test_feature_masks_are_zero_stretches_and_padding_stays_untouched():
+def test_feature_masks_are_stretches_of_the_mean_and_padding_stays_untouched():
     frames, lens = frames_batch()
     frames[1, 120:] = float("nan")
-    config = FeatureAugmentConfig(time_masks=2, max_time_share=0.1, max_time_frames=9)
+    config = FeatureAugmentConfig(
+        time_masks=2, max_time_share=0.1, max_time_frames=9, dropout=0.0, noise_std=0.0
+    )
     augmented = feature_augment(frames, lens, config, generator(1))
     assert torch.isnan(augmented[1, 120:]).all()
-    silent = (augmented == 0).all(dim=2)
+    means = torch.stack([row[:n].mean(dim=0) for row, n in zip(frames, lens, strict=True)])
+    silent = torch.isclose(augmented, means[:, None], atol=1e-4).all(dim=2)
     assert 0 < int(silent[0].sum()) <= 18
     assert int(silent[1].sum()) <= 18
     assert not torch.isnan(augmented[1, :120]).any()
