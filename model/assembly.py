@@ -118,6 +118,9 @@ def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLM
         )
         llm = load_llm(llm_folder, config, torch.float32)
         model = SpeechLLMForConditionalGeneration(config, encoder=encoder, llm=llm)
+    if config.ctc == "fused":
+        # A random connector drowns the token embeddings that the CTC posteriors select.
+        model.connector.silence()
     _take_over_ctc_head(model, encoder_folder / CTC_HEAD_FILE)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id

@@ -23,3 +23,7 @@ class Connector(nn.Module, ABC):
     @abstractmethod
     def forward(self, encoder_frames: Tensor, frame_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Map frames (B, F, D_enc) of lengths (B,) to embeddings (B, N, D_llm) and theirs (B,)."""
+
+    @abstractmethod
+    def silence(self) -> None:
+        """Zero the last layer, so that what is added to this connector's output stands alone."""

@@ -51,6 +51,11 @@ class StackConnector(Connector):
         """Embeddings for clips of `frame_lens` frames (B,); an incomplete stack counts."""
         return (frame_lens + config.stack_size - 1) // config.stack_size
 
+    def silence(self) -> None:
+        """Zero the last layer; its input's gradient starts with the first step."""
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
     def forward(self, encoder_frames: Tensor, frame_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Stack encoder frames and map them into the LLM's embedding space.
 
