@@ -44,13 +44,10 @@ def test_bad_configuration_is_refused(fields: dict[str, object], reason: str) ->
         connector_config(fields)
 
 
-@torch.inference_mode()
 def test_a_silenced_connector_adds_nothing_and_can_still_learn() -> None:
     connector = make_connector(connector_config({"hidden_size": 24}), 8, 16)
     connector.silence()
     embeds, _ = connector(torch.randn(2, 10, 8), torch.tensor([10, 4]))
     assert torch.all(embeds == 0)
-    with torch.inference_mode(mode=False):
-        embeds, _ = connector(torch.randn(2, 10, 8), torch.tensor([10, 4]))
-        embeds.sum().backward()
-        assert connector.linear_out.weight.grad.abs().sum() > 0
+    embeds.sum().backward()
+    assert connector.linear_out.weight.grad.abs().sum() > 0
