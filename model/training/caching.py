@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,20 +54,21 @@ def write_cache(
         Number of clips in the cache.
 
     Raises:
-        CheckpointError: `output` holds a cache of another encoder or tokenizer.
+        CheckpointError: `output` holds a cache of another encoder, tokenizer, manifest or seed.
         ValueError: no utterance has a text and fits.
     """
     usable = [u for u in utterances if u.text is not None and u.duration <= config.max_audio_s]
     if not usable:
         raise ValueError(f"none of {len(utterances)} utterances has a text and fits")
-    writer = FeatureCacheWriter(output, fingerprint(model, processor))
+    writer = FeatureCacheWriter(output, fingerprint(model, processor), _source(usable, config))
+    done = writer.done
     first = 0 if config.plain_copies else 1
     wanted = [
         (f"{number}-{copy}", copy, utterance)
         for copy in range(first, config.augmented_copies + 1)
         for number, utterance in enumerate(usable)
     ]
-    pending = [item for item in wanted if item[0] not in writer.done]
+    pending = [item for item in wanted if item[0] not in done]
     augmenter = WaveformAugmenter(
         AugmentationConfig(max_duration_s=config.max_audio_s), load_noises(config.noise_dir)
     )
@@ -91,6 +94,13 @@ def write_cache(
             bar.update(round(sum(item[2].duration for item in items)))
     writer.flush()
     return len(writer.done)
+
+
+def _source(utterances: Sequence[Utterance], config: CachingConfig) -> str:
+    """Fingerprint of what decides a clip's content under its id (its number and its copy's)."""
+    rows = [[u.id, u.text, u.duration] for u in utterances]
+    fields = [rows, config.seed, config.noise_dir, config.max_audio_s]
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
 def _waveform(

@@ -5,7 +5,7 @@ Axis legend: B clips, F encoder frames, D encoder width, L sequence positions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import jiwer
 import numpy as np
@@ -164,6 +164,14 @@ class ConnectorObjective(nn.Module):
         self.processor = processor
         self.config = config
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of what is trained; a frozen part stays without dropout."""
+        super().train(mode)
+        for part in (self.model.encoder, self.model.llm):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the losses of a batch of waveforms or of cached encoder frames."""
         frames, frame_lens = self._frames(batch)
@@ -265,6 +273,8 @@ class ConnectorStage:
         if config.lora is not None:
             add_lora(model, config.lora)
         model.encoder.requires_grad_(config.train_encoder)
+        if model.ctc_head is not None and model.config.ctc == "auxiliary":
+            model.ctc_head.requires_grad_(config.ctc_weight > 0)  # else it takes part in no loss
         self._module = ConnectorObjective(model, processor, config)
         self._train = (
             CachedData(train, config.data, seed, processor.text_ids(" "))  # type: ignore[arg-type]
@@ -285,7 +295,7 @@ class ConnectorStage:
         model = self.model
         new = [*model.connector.parameters()]
         if model.ctc_head is not None:
-            new += [*model.ctc_head.parameters()]
+            new += [p for p in model.ctc_head.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": new}]
         for part, scale in (
             (model.encoder, self.config.encoder_lr_scale),
@@ -311,12 +321,13 @@ class ConnectorStage:
         batches = self._dev.epoch(0)
         for batch in batches.iterate(0):
             for name, value in module(batch).items():
-                sums[name] = sums.get(name, 0.0) + float(value) / len(batches)
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
             clips = [
                 waveform[:length].numpy()
                 for waveform, length in zip(batch["waveforms"], batch["sample_lens"], strict=True)
             ]
-            answers = transcriber.transcribe(clips, with_ctc=True).transcripts
+            with torch.autocast(self.model.device.type, enabled=False):  # as it will be served
+                answers = transcriber.transcribe(clips, with_ctc=True).transcripts
             references += batch["texts"]
             hypotheses["wer"] += [answer.text for answer in answers]
             hypotheses["ctc_wer"] += [answer.ctc_text or "" for answer in answers]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,23 +61,39 @@ def fingerprint(
 
 
 class FeatureCacheWriter:
-    """Write a cache shard by shard; a killed run goes on after its last whole shard."""
+    """Write a cache shard by shard; a killed run goes on after its last whole shard.
 
-    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
+    A shard is written before the index that names it; one that a kill left without an entry is
+    overwritten.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, str], source: str) -> None:
         """Open `folder`.
 
+        Args:
+            folder: of the cache.
+            identity: `fingerprint` of what encodes.
+            source: fingerprint of what is encoded and how it is varied; clip ids only mean the
+                same under the same source.
+
         Raises:
-            CheckpointError: it holds a cache of another encoder or tokenizer.
+            CheckpointError: it holds a cache of another encoder, tokenizer or source.
         """
         self._folder = folder
-        self._identity = identity
+        self._identity = {**identity, "source": source}
         self._clips: list[CachedClip] = []
         self._pending: dict[str, Tensor] = {}
         self._pending_clips: list[CachedClip] = []
         self._bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / INDEX_FILE).exists():
-            self._clips = FeatureCache(folder, identity).clips
+            found = FeatureCache(folder, identity)
+            if found.source != source:
+                raise CheckpointError(
+                    f"{folder}: this cache was begun from another manifest, seed or noise; "
+                    "choose another folder"
+                )
+            self._clips = found.clips
 
     @property
     def done(self) -> set[str]:
@@ -108,7 +123,7 @@ class FeatureCacheWriter:
         index = {**self._identity, "clips": [asdict(clip) for clip in self._clips]}
         fresh = self._folder / f"{INDEX_FILE}.new"
         fresh.write_text(json.dumps(index, ensure_ascii=False))
-        shutil.move(fresh, self._folder / INDEX_FILE)
+        fresh.replace(self._folder / INDEX_FILE)
 
 
 class FeatureCache:
@@ -118,19 +133,27 @@ class FeatureCache:
         """Open `folder`.
 
         Raises:
-            CheckpointError: it is no cache, or another encoder, mode or tokenizer made it.
+            CheckpointError: it is no cache, damaged, or another encoder, mode or tokenizer
+                made it.
         """
         path = folder / INDEX_FILE
         if not path.exists():
             raise CheckpointError(f"{folder}: holds no feature cache ({INDEX_FILE} is missing)")
-        index = json.loads(path.read_text())
+        try:
+            index = json.loads(path.read_text())
+            self.clips = [CachedClip(**clip) for clip in index["clips"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: not the index of a feature cache ({error})") from error
         differing = [name for name, value in identity.items() if index.get(name) != value]
         if differing:
             raise CheckpointError(
                 f"{folder}: this cache was made with another {' and '.join(differing)}; make it "
                 "again with `speechllm cache`"
             )
-        self.clips = [CachedClip(**clip) for clip in index["clips"]]
+        for shard in dict.fromkeys(clip.shard for clip in self.clips):
+            if not (folder / shard).exists():
+                raise CheckpointError(f"{path}: names {shard}, which is not there")
+        self.source: str | None = index.get("source")
         self._folder = folder
         self._readers: dict[str, Any] = {}
 

@@ -114,7 +114,7 @@ class TextBatches:
         sentences: Sequence[list[int]],
         texts: Sequence[str],
         batches: list[list[int]],
-        seed: tuple[int, int],
+        seed: tuple[int, int, int],
         stage: LanguageModelStage,
     ) -> None:
         self._sentences = sentences
@@ -272,15 +272,16 @@ class LanguageModelStage:
         spread = len(batches) * (1 - self.config.curriculum if epoch == 0 else 1)
         keys = places + rng.uniform(0, max(spread, 1), len(batches))
         shuffled = [batches[i] for i in np.argsort(keys)]
-        usable = len(shuffled) // size * size or len(shuffled)
-        return TextBatches(sentences, texts, shuffled[rank:usable:size], (self._seed, epoch), self)
+        # Where the number does not divide, the first batches come a second time.
+        shuffled += [shuffled[i % len(shuffled)] for i in range(-len(shuffled) % size)]
+        return TextBatches(sentences, texts, shuffled[rank::size], (self._seed, epoch, rank), self)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Mean loss on held-out text, corrupted as in training."""
         if not self._dev_texts:
             return {}
         batches = self._plan(self._dev_sentences, self._dev_texts, 0, 0, 1)
-        losses = [float(module(batch)["loss"]) for batch in batches.iterate(0)]
+        losses = [float(module(batch)["loss"].detach()) for batch in batches.iterate(0)]
         return {"loss": sum(losses) / len(losses)}
 
     def save(self, folder: Path) -> None:

@@ -210,7 +210,7 @@ class TrainingLoop:
 
         def note(number: int, _frame: FrameType | None) -> None:
             self._stop_signal = number
-            signal.signal(number, former[number])
+            signal.signal(number, former[signal.Signals(number)])
 
         if threading.current_thread() is not threading.main_thread():
             yield

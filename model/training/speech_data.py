@@ -6,6 +6,8 @@ they are augmented and where they are placed.
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +105,9 @@ class SpeechBatches:
 
     def iterate(self, start: int) -> Iterator[dict[str, Any]]:
         """Yield batches from index `start` on."""
+        if self._workers:
+            # tokenizers would warn at every fork that its threads do not survive it.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return iter(
             DataLoader(
                 self._dataset,
@@ -110,6 +115,7 @@ class SpeechBatches:
                 num_workers=self._workers,
                 prefetch_factor=4 if self._workers else None,
                 collate_fn=self._collate,
+                worker_init_fn=_leave_interrupts_to_the_trainer,
             )
         )
 
@@ -122,6 +128,12 @@ class SpeechBatches:
             "texts": [text for _, text in items],
             "audio_s": float(sample_lens.sum()) / SAMPLE_RATE_HZ,
         }
+
+
+def _leave_interrupts_to_the_trainer(_worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the trainer finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class SpeechData:

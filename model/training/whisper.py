@@ -223,7 +223,7 @@ class WhisperStage:
         batches = self._dev.epoch(0)
         for batch in batches.iterate(0):
             for name, value in module(batch).items():
-                sums[name] = sums.get(name, 0.0) + float(value) / len(batches)
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / len(batches)
             if module.ctc_head is not None:
                 frames, frame_lens = module.encode(batch["waveforms"], batch["sample_lens"])
                 paths = ctc_greedy(module.ctc_head(frames), frame_lens, module.pad_id)
