@@ -271,6 +271,7 @@ class ConnectorStage:
         self.config = config
         model.llm.requires_grad_(config.train_llm)
         if config.lora is not None:
+            torch.manual_seed(seed)  # of the adapter's first weights
             add_lora(model, config.lora)
         model.encoder.requires_grad_(config.train_encoder)
         if model.ctc_head is not None and model.config.ctc == "auxiliary":

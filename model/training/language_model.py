@@ -11,11 +11,11 @@ Axis legend: B sentences, L sequence positions, N audio positions, D width.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, WhisperFeatureExtractor
@@ -55,6 +55,14 @@ class LanguageModelConfig(BaseModel):
         le=1,
         description="share of the first epoch that goes from short, dense copies to full ones",
     )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError("hidden_size must be a multiple of twice the heads")
+        if self.heads % self.key_value_heads:
+            raise ValueError("heads must be a multiple of key_value_heads")
+        return self
 
 
 def corrupt_words(text: str, rate: float, rng: np.random.Generator) -> str:

@@ -16,19 +16,30 @@ _R = TypeVar("_R")
 
 
 def user_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Turn the errors that bad input raises into one line on stderr and exit status 1."""
+    """Turn the errors that bad input raises into one line on stderr and exit status 1.
+
+    An option whose value a settings object refuses ends with status 2, as bad usage does.
+    """
 
     @functools.wraps(command)
     def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return command(*args, **kwargs)
         except ValidationError as error:
-            first = error.errors()[0]
-            option = "--" + "-".join(str(part) for part in first["loc"]).replace("_", "-")
-            typer.echo(f"error: {option}: {first['msg']} (got {first['input']!r})", err=True)
-            raise typer.Exit(1) from error
+            typer.echo(f"error: {_first_fault(error)}", err=True)
+            raise typer.Exit(2) from error
         except (ValueError, OSError, FloatingPointError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from error
 
     return guarded
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Which option has what wrong; settings objects name their fields as the options."""
+    fault = error.errors()[0]
+    said = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return said
+    option = "--" + str(fault["loc"][-1]).replace("_", "-")
+    return f"{option}: {said} (got {fault['input']!r})"
