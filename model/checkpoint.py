@@ -425,10 +425,20 @@ def save_model(
     own = {n: t for n, t in state.items() if n.startswith(("connector.", "ctc_head."))}
     save_file({n: _stored(t, dtype) for n, t in own.items()}, folder / CONNECTOR_FILE)
     config.architectures = [type(model).__name__]
+    for nested in (config.encoder_config, config.llm_config):
+        nested.name_or_path = ""  # else a path of the machine that trained it is published
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
+    _share_as(folder / "config.json", folder)
+
+
+def _share_as(example: Path, folder: Path) -> None:
+    """Make weights as readable as other files: safetensors leaves them to their owner alone."""
+    parts = [folder, *(folder / part for part in _OWN_PARTS)]
+    for file in (file for part in parts for file in part.glob("*.safetensors")):
+        file.chmod(example.stat().st_mode)
 
 
 def _save_part(part: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:

@@ -102,6 +102,13 @@ def test_saving_and_loading_print_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+def test_weights_are_as_readable_as_the_other_files(adapted: Path) -> None:
+    # A server that runs as another user reads them.
+    files = list(adapted.rglob("*.safetensors"))
+    assert len(files) == 4
+    assert {file.stat().st_mode for file in files} == {(adapted / "config.json").stat().st_mode}
+
+
 def test_a_connector_is_published_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(tiny_checkpoint)
     model.config.encoder = str(tiny_checkpoint / "encoder")
