@@ -117,8 +117,9 @@ class TrainingLoop:
         self.stage = stage
         self.config = config
         self.output = output
+        # Autocast is the loop's own: accelerate's precision is one for the whole process.
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            mixed_precision="no",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
         self._stop_signal: int | None = None
@@ -284,14 +285,15 @@ class TrainingLoop:
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.learning_rate * factor * group.get("lr_scale", 1.0)
         with nullcontext() if stepping else self.accelerator.no_sync(self.module):
-            with self.accelerator.autocast():
+            with self._autocast():
                 outputs: dict[str, Tensor] = self.module(batch)
-            if not torch.isfinite(outputs["loss"]):
+            loss = outputs["loss"]
+            if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {float(outputs['loss'])} at epoch {epoch}, batch {index}; lower "
-                    "the learning rate, or look for damaged audio in that batch"
+                    f"the loss is {loss.item()} at epoch {epoch}, batch {index}; lower the "
+                    "learning rate, or look for damaged audio in that batch"
                 )
-            self.accelerator.backward(outputs["loss"] / size)
+            self.accelerator.backward(loss / size)
         if stepping:
             norm = self.accelerator.clip_grad_norm_(
                 self.module.parameters(), self.config.max_grad_norm
@@ -304,6 +306,10 @@ class TrainingLoop:
         self._measure(values, float(batch["audio_s"]))
         return stepping
 
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+
     def _seed(self, epoch: int, index: int) -> None:
         """Make the step's dropout and masks a function of its place and rank alone.
 
@@ -313,8 +319,14 @@ class TrainingLoop:
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _measure(self, values: dict[str, float], audio_s: float) -> None:
-        """Add a batch to the log window; the time is that since the last batch."""
-        audio_s *= self.accelerator.num_processes  # ranks have batches of about the same size
+        """Add a batch of all ranks to the log window; the time is that since the last batch."""
+        n_ranks = self.accelerator.num_processes
+        if n_ranks > 1:  # reduced now, so that the state of one rank is the state of all
+            names = [*values, "audio_s"]
+            local = torch.tensor([*values.values(), audio_s], device=self.accelerator.device)
+            mean = self.accelerator.reduce(local, reduction="mean")
+            values = dict(zip(names, mean.tolist(), strict=True))
+            audio_s = values.pop("audio_s") * n_ranks
         self.progress.audio_s += audio_s
         self.progress.window.add(values, audio_s)
         now = time.monotonic()
@@ -323,11 +335,11 @@ class TrainingLoop:
         self._clock = now
 
     def _report(self, done: float, bar: Any) -> None:  # noqa: ANN401 - tqdm
-        """Log the window's means over all ranks and start a new window."""
+        """Log the window's means and start a new window."""
         window = self.progress.window
         rate = window.audio_s / max(window.elapsed_s, 1e-9)
         learning_rate = self.optimiser.param_groups[0]["lr"]
-        means = self._mean_over_ranks(window)
+        means = window.means()
         record = {
             "step": self.progress.step,
             "epoch": round(done * self.config.epochs, 4),
@@ -344,20 +356,12 @@ class TrainingLoop:
         )
         self.progress.window = Window()
 
-    def _mean_over_ranks(self, window: Window) -> dict[str, float]:
-        means = {name: total / window.counts[name] for name, total in window.sums.items()}
-        if self.accelerator.num_processes == 1:
-            return means
-        local = torch.tensor(list(means.values()), device=self.accelerator.device)
-        mean = self.accelerator.reduce(local, reduction="mean")
-        return dict(zip(means, mean.tolist(), strict=True))
-
     def _validate(self) -> None:
         """Validate on the first process while the others wait, and log the figures."""
         if self.is_main_process:
             module = self.accelerator.unwrap_model(self.module)
             module.eval()
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self._autocast():
                 figures = self.stage.validate(module)
             if figures:
                 record = {"step": self.progress.step, "epoch": self.progress.epoch}

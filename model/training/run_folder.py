@@ -46,6 +46,10 @@ class Window:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    def means(self) -> dict[str, float]:
+        """Mean of each measurement over the batches that have it."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
 
 @dataclass(slots=True)
 class Progress:
