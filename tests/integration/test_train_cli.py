@@ -145,8 +145,9 @@ def test_connector_from_cache_keeps_encoder_and_llm_as_they_were(work: Path) -> 
         "train", "connector", *connector_options(work), "--cache", work / "cache",
         "--dev", work / "dev.jsonl", "--concatenation", 0.3, "--output", output,
     )  # fmt: skip
-    encoder, llm = load_file(output / "encoder/model.safetensors"), load_file(
-        output / "llm/model.safetensors"
+    encoder, llm = (
+        load_file(output / "encoder/model.safetensors"),
+        load_file(output / "llm/model.safetensors"),
     )
     whisper = load_file(work / "whisper" / "model.safetensors")
     assert all(torch.equal(t, whisper[f"model.encoder.{n}"]) for n, t in encoder.items())
@@ -177,9 +178,7 @@ def test_connector_goes_on_with_lora_and_then_with_everything(work: Path, tmp_pa
     run("train", "connector", *connector_options(work), *from_audio, "--output", first)
     more = ["--epochs", 1, "--max-batch-audio-s", 4, "--workers", 0, "--stored-dtype", "fp32"]
     lora = tmp_path / "lora"
-    run(
-        "train", "connector", "--model", first, *from_audio, *more, "--lora", "--output", lora
-    )
+    run("train", "connector", "--model", first, *from_audio, *more, "--lora", "--output", lora)
     assert (lora / "lora" / "adapter_model.safetensors").exists()
     former, base = (load_file(f / "llm/model.safetensors") for f in (first, lora))
     assert all(torch.equal(tensor, former[name]) for name, tensor in base.items())
@@ -225,7 +224,9 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(work: Path, tmp_path
 
 def test_sigterm_saves_the_state_and_says_how_to_go_on(work: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
-        speechllm("train", "whisper", *whisper_options(work), "--output", tmp_path, "--epochs", 500),
+        speechllm(
+            "train", "whisper", *whisper_options(work), "--output", tmp_path, "--epochs", 500
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
