@@ -14,11 +14,13 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, WhisperConfig, WhisperForConditionalGeneration
+from typer.testing import CliRunner
 
 from model.checkpoint import load_model, load_processor
 from model.training.tokenizer import train_tokenizer
 from model.transcription import Transcriber
 from model.whisper_baseline import WhisperTranscriber
+from server.cli import app
 from tests.conftest import SENTENCES
 
 N_CLIPS = 12
@@ -67,14 +69,11 @@ def speechllm(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object, fails: bool = False) -> str:
-    """Run `speechllm …` and return what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        speechllm(*arguments), capture_output=True, text=True, env=environment, check=False
-    )
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    """Run `speechllm …` in this process and return what it printed."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert (done.exit_code != 0) == fails, done.output
+    return done.output
 
 
 def whisper_options(folder: Path) -> list[object]:
