@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,16 @@ def test_connector_goes_on_with_lora_and_then_with_everything(work: Path, tmp_pa
     load_processor(everything)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in this process then round as they do in a child with OMP_NUM_THREADS=1."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_resumes_to_the_same_curve_and_weights(work: Path, tmp_path: Path) -> None:
     options = [*whisper_options(work), "--save-every-s", 0.001, "--augment"]
     run("train", "whisper", *options, "--output", tmp_path / "whole")

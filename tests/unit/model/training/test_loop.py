@@ -214,6 +214,15 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number):
     assert make_loop(tmp_path).progress == loop.progress
 
 
+@pytest.fixture
+def interruptible():
+    """Give SIGINT Python's own handler, which a process started in the background lacks."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_does_what_it_did_before(tmp_path):
     stage = RegressionStage()
     stage.before_batch = lambda *place: os.kill(os.getpid(), signal.SIGINT)
