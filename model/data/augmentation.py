@@ -379,8 +379,8 @@ def spec_augment(
 class FeatureAugmentConfig:
     """Variation of encoder frames, where the audio itself is out of reach (cached features).
 
-    A Whisper encoder's dimensions differ a hundredfold in mean and spread, so that each is varied
-    in its own units and what is removed becomes the clip's mean, not zero.
+    A Whisper encoder's dimensions differ widely in mean and spread, so that each is varied in its
+    own units and what is removed becomes the clip's mean, not zero.
 
     Attributes:
         time_masks: number of stretches set to the clip's mean frame.
