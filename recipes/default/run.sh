@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make weights/default from nothing but the recordings, the text and the published Whisper tiny.en
-# encoder. Every step resumes where a killed run stopped; all of it takes about 90 minutes on two
+# encoder. Every step resumes where a killed run stopped; the stages took about 90 minutes in all on two
 # cores of a 2023 server CPU.
 #
 #   recipes/default/run.sh DATA WORK
