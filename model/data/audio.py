@@ -34,8 +34,9 @@ class EmptyAudioError(AudioReadError):
 def load_audio(path: Path) -> NDArray[np.float32]:
     """Decode a file to mono 16 kHz; channels are averaged.
 
-    libsndfile reads WAV, FLAC, OGG (Vorbis, Opus) and MP3; FFmpeg reads what it does not know
-    (M4A, WebM, ...).
+    libsndfile reads WAV, FLAC and MP3; FFmpeg reads OGG, whose start the two cut differently, and
+    what libsndfile does not know (M4A, WebM, ...): the same division as in the server, so that
+    training hears what will be served.
 
     Args:
         path: the file.
@@ -51,7 +52,9 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     """
     if not path.is_file():
         raise AudioReadError(f"{path}: no such file")
-    decoded = _decode_with_libsndfile(path)
+    with path.open("rb") as file:
+        is_ogg = file.read(4) == b"OggS"
+    decoded = None if is_ogg else _decode_with_libsndfile(path)
     samples, rate_hz = _decode_with_ffmpeg(path) if decoded is None else decoded
     waveform = samples.mean(axis=1, dtype=np.float32)  # (N, channels) -> (N,)
     if rate_hz != SAMPLE_RATE_HZ and len(waveform):

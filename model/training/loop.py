@@ -68,7 +68,11 @@ class Stage(Protocol):
         """Forward takes a batch and returns {"loss": (), …other scalars}."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trained parameters; `lr_scale` in a group multiplies the learning rate."""
+        """Trained parameters.
+
+        In a group, `lr_scale` multiplies the learning rate, and `frozen_steps` puts its start (and
+        its warm-up) off by so many optimiser steps.
+        """
 
     def epoch(self, epoch: int, rank: int, world_size: int) -> EpochBatches:
         """The batches of one epoch, the same number on every rank."""
@@ -90,8 +94,11 @@ class EpochBatches(Protocol):
 
 
 def learning_rate_factor(config: LoopConfig, step: int, done: float) -> float:
-    """Linear warm-up, then cosine decay over the fraction of the run that is `done` in [0, 1]."""
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    """Linear warm-up, then cosine decay over the fraction of the run that is `done` in [0, 1].
+
+    Before step 0 it is 0.
+    """
+    warmup = min(1.0, max(0, step + 1) / max(1, config.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return warmup * (config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine)
 
@@ -281,8 +288,9 @@ class TrainingLoop:
         first = index // self.config.grad_accumulation * self.config.grad_accumulation
         size = min(self.config.grad_accumulation, total - first)
         stepping = index == first + size - 1
-        factor = learning_rate_factor(self.config, self.progress.step, done)
         for group in self.optimiser.param_groups:
+            step = self.progress.step - group.get("frozen_steps", 0)
+            factor = learning_rate_factor(self.config, step, done)
             group["lr"] = self.config.learning_rate * factor * group.get("lr_scale", 1.0)
         with nullcontext() if stepping else self.accelerator.no_sync(self.module):
             with self._autocast():

@@ -48,6 +48,9 @@ class WhisperStageConfig(BaseModel):
     encoder_mode: EncoderMode = "padded"
     ctc_weight: float = Field(0.0, ge=0, lt=1, description="share of an auxiliary CTC loss")
     new_parameters_lr_scale: float = Field(5.0, gt=0, description="for embeddings made anew")
+    new_parameters_first_steps: int = Field(
+        0, ge=0, description="optimiser steps in which nothing but the tensors made anew is trained"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     spec_augment: bool = False
@@ -197,13 +200,20 @@ class WhisperStage:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Pretrained tensors at the base rate, those made anew at a higher one."""
+        """Pretrained tensors at the base rate, those made anew at a higher one.
+
+        Tensors made anew may go first: the gradients that random ones send into a pretrained
+        encoder distort what it knows of voices that the training data lack (Kumar et al. 2022,
+        arXiv 2202.10054).
+        """
         anew = [] if self._module.ctc_head is None else list(self._module.ctc_head.parameters())
         if self.config.tokenizer is not None:
             anew.append(self.whisper.model.decoder.embed_tokens.weight)
         known = {id(parameter) for parameter in anew}
         body = [p for p in self._module.parameters() if p.requires_grad and id(p) not in known]
-        groups: list[dict[str, Any]] = [{"params": body}]
+        groups: list[dict[str, Any]] = [
+            {"params": body, "frozen_steps": self.config.new_parameters_first_steps}
+        ]
         if anew:
             groups.append({"params": anew, "lr_scale": self.config.new_parameters_lr_scale})
         return groups

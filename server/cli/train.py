@@ -203,6 +203,9 @@ def train_whisper(
     dropout: Annotated[float, typer.Option()] = 0.0,
     spec_augment: Annotated[bool, typer.Option(help="SpecAugment.")] = False,
     new_parameters_lr_scale: Annotated[float, typer.Option()] = 5.0,
+    new_parameters_first_steps: Annotated[
+        int, typer.Option(help="Steps in which only tensors made anew are trained.")
+    ] = 0,
     *,
     loop: "LoopConfig",
     data: "SpeechDataConfig",
@@ -213,7 +216,8 @@ def train_whisper(
     config = WhisperStageConfig(
         whisper=whisper, tokenizer=tokenizer, init=init, encoder_mode=encoder_mode,
         ctc_weight=ctc_weight, label_smoothing=label_smoothing, dropout=dropout,
-        spec_augment=spec_augment, new_parameters_lr_scale=new_parameters_lr_scale, data=data,
+        spec_augment=spec_augment, new_parameters_lr_scale=new_parameters_lr_scale,
+        new_parameters_first_steps=new_parameters_first_steps, data=data,
     )  # fmt: skip
     stage = WhisperStage(
         config, _read(manifest, audio_root), _read(dev, audio_root), language, loop.seed

@@ -291,6 +291,23 @@ def test_groups_train_at_their_share_of_the_rate(tmp_path):
     assert rates[1] == pytest.approx(rates[0] / 2)
 
 
+def test_a_group_that_starts_late_keeps_its_weights_until_then_and_warms_up_after(tmp_path):
+    class LateStage(RegressionStage):
+        def parameter_groups(self):
+            weight, bias = super().parameter_groups()
+            return [{**weight, "frozen_steps": 2}, bias]
+
+    stage = LateStage()
+    first = stage.module.linear.weight.detach().clone()
+    make_loop(tmp_path, stage, max_steps=2).run()
+    assert torch.equal(stage.module.linear.weight, first)
+    loop = make_loop(tmp_path, stage, max_steps=3)
+    loop.run()
+    assert not torch.equal(stage.module.linear.weight, first)
+    late, early = (group["lr"] for group in loop.optimiser.param_groups)
+    assert late == pytest.approx(early * 2 / 3)  # its first of three steps of warm-up, at scale 0.5
+
+
 def test_warm_up_and_cosine_decay():
     config = LoopConfig(warmup_steps=4, final_lr_ratio=0.1)
     assert learning_rate_factor(config, 0, 0.0) == 0.25
