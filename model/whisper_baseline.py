@@ -63,6 +63,12 @@ def masked_cross_attention(whisper: Whisper, frame_mask: Tensor) -> Iterator[Non
     transformers' Whisper always attends a full 30 s window, so that its decoder takes no mask.
     """
     mask = frame_mask[:, None, None, :]
+    if whisper.config._attn_implementation == "eager":
+        # Eager attention adds its mask to the scores.
+        lowest = torch.finfo(whisper.dtype).min
+        mask = torch.zeros(mask.shape, dtype=whisper.dtype, device=mask.device).masked_fill(
+            ~mask, lowest
+        )
 
     def add_mask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         return args, {**kwargs, "attention_mask": mask}

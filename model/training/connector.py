@@ -24,6 +24,7 @@ from model.data.augmentation import (
 )
 from model.data.sampler import DurationBucketSampler
 from model.log_mel import log_mel_spectrogram
+from model.training.acceleration import compile_layers, use_fast_attention
 from model.training.speech_data import SpeechData, SpeechDataConfig, pad_targets
 from model.transcription import Transcriber
 
@@ -66,6 +67,7 @@ class ConnectorStageConfig(BaseModel):
     feature_augment: bool = True
     spec_augment: bool = True
     stored_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile_layers: bool = Field(False, description="compile the LLM's layers with torch.compile")
     data: SpeechDataConfig = SpeechDataConfig()
 
 
@@ -274,6 +276,10 @@ class ConnectorStage:
             torch.manual_seed(seed)  # of the adapter's first weights
             add_lora(model, config.lora)
         model.encoder.requires_grad_(config.train_encoder)
+        for part in (model.encoder, model.llm):
+            use_fast_attention(part)
+        if config.compile_layers:
+            compile_layers(model.llm)
         if model.ctc_head is not None and model.config.ctc == "auxiliary":
             model.ctc_head.requires_grad_(config.ctc_weight > 0)  # else it takes part in no loss
         self._module = ConnectorObjective(model, processor, config)

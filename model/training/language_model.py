@@ -23,6 +23,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Whispe
 from model.assembly import prepare_tokenizer
 from model.modeling import IGNORED_LABEL
 from model.processing import SpeechLLMProcessor
+from model.training.acceleration import compile_layers, use_fast_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ class LanguageModelConfig(BaseModel):
         le=1,
         description="share of the first epoch that goes from short, dense copies to full ones",
     )
+    compile_layers: bool = Field(False, description="compile the LM's layers with torch.compile")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -104,7 +106,7 @@ def lay_out(
         rate: of errors, in 0..1.
         difficulty: 0 leaves no silence, 1 as much as speech has.
     """
-    pace = difficulty * rng.uniform(0.8, 2.5)
+    pace = difficulty * rng.uniform(0.4, 1.8)
     positions = [SILENT] * int(difficulty * rng.integers(0, 6))
     for token in ids:
         heard = int(rng.integers(vocab_size)) if rng.random() < rate / 4 else token
@@ -244,6 +246,9 @@ class LanguageModelStage:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+        use_fast_attention(self.llm)
+        if config.compile_layers:
+            compile_layers(self.llm)
         self._module = LanguageModelObjective(self.llm, self.processor.audio_token_id)
         self._sentences = [self.processor.text_ids(text) for text in self._texts]
         self._dev_sentences = [self.processor.text_ids(text) for text in self._dev_texts]

@@ -369,7 +369,9 @@ class TrainingLoop:
         if self.is_main_process:
             module = self.accelerator.unwrap_model(self.module)
             module.eval()
-            with torch.no_grad(), self._autocast():
+            # Decoding grows its shapes step by step: compiling for each would take minutes.
+            eager = torch.compiler.set_stance("force_eager")
+            with torch.no_grad(), self._autocast(), eager:
                 figures = self.stage.validate(module)
             if figures:
                 record = {"step": self.progress.step, "epoch": self.progress.epoch}

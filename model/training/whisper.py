@@ -20,6 +20,7 @@ from model.ctc import ctc_greedy, ctc_loss
 from model.data.augmentation import SpecAugmentConfig, spec_augment
 from model.encoder import EncoderMode, encode, length_mask
 from model.log_mel import log_mel_spectrogram
+from model.training.acceleration import use_fast_attention
 from model.training.speech_data import SpeechBatches, SpeechData, SpeechDataConfig, pad_targets
 from model.whisper_baseline import CTC_HEAD_FILE, decoder_prefix, masked_cross_attention
 
@@ -178,6 +179,7 @@ class WhisperStage:
         self.config = config
         torch.manual_seed(seed)  # of the tensors that are made anew
         self.whisper, self.tokenizer = load_whisper(config)
+        use_fast_attention(self.whisper)
         # The sinusoids adapt too: in trimmed mode most clips use only the first positions.
         self.whisper.model.encoder.embed_positions.requires_grad_(True)
         start_id = int(self.whisper.config.decoder_start_token_id)

@@ -44,6 +44,9 @@ HELD_OUT_VARIANTS = ("f4", "f5", "m8", "f5")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT_MANIFESTS = ("kathleen_dev", "kathleen_test", "common_voice_en_dev", "jfk_test")
 
+ORDERS_MANIFEST = "picovoice_slots"  # spoken orders that are labelled by intent and slots only
+OPENINGS = ("Can I have", "Could I get", "I would like", "I want", "Please make me", "Get me", "")
+
 N_ENGLISH_DEV = 100
 N_MONGOLIAN_TEST = 150
 N_MONGOLIAN_DEV = 60
@@ -112,6 +115,30 @@ def held_out_sentences(manifests: Path) -> set[str]:
     return sentences
 
 
+def word_order(slots: dict[str, str], rng: random.Random) -> str:
+    """Word an order with these slots; it teaches the words that the recordings use."""
+    values = {name: value.strip() for name, value in slots.items()}
+    names = ("size", "roast", "numberOfShots")
+    rng.shuffle(described := [values[name] for name in names if name in values])
+    drink = " ".join([*described, values.get("coffeeDrink", "coffee")])
+    extras = [values[name] for name in ("milkAmount", "sugarAmount") if name in values]
+    rng.shuffle(extras)
+    opening = rng.choice(OPENINGS)
+    article = ("an" if drink[0] in "aeiou" else "a") if opening else ""
+    words = [opening, article, drink, *(["with", " and ".join(extras)] if extras else [])]
+    text = " ".join(word for word in words if word)
+    return text[0].upper() + text[1:] + rng.choice((".", ".", " please."))
+
+
+def read_orders(manifests: Path, rng: random.Random) -> list[str]:
+    """Reworded orders, one for each recording; none without the manifest."""
+    path = manifests / f"{ORDERS_MANIFEST}.jsonl"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [word_order(json.loads(line)["slots"], rng) for line in file]
+
+
 def espeak_voice(language: str, variants: tuple[str, ...], rng: random.Random) -> Voice:
     """Draw an espeak-ng voice."""
     variant = rng.choice(variants)
@@ -133,12 +160,13 @@ def english_voice(rng: random.Random) -> Voice:
     return Voice("flite", name, options, rng.uniform(0.86, 1.2))
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913, PLR0917 - a plan's whole input
     english: list[str],
     mongolian: list[str],
     n_english: int,
     n_mongolian: int,
     rng: random.Random,
+    orders: tuple[str, ...] = (),
 ) -> list[Task]:
     """Decide who says what in which split; held-out sentences and variants are in no other."""
     plan: list[Task] = []
@@ -158,8 +186,7 @@ def make_plan(
         add("train", "en", digits, english_voice(rng))
     for text in _enough(mongolian[len(held_out) :], n_mongolian):
         add("train", "mn", text, espeak_voice(rng.choice(MONGOLIAN_VOICES), TRAINING_VARIANTS, rng))
-    # English last: more of it leaves every other clip as it was.
-    for text in _enough(english[N_ENGLISH_DEV:], n_english):
+    for text in (*_enough(english[N_ENGLISH_DEV:], n_english), *orders):
         add("train", "en", text, english_voice(rng))
     return plan
 
@@ -227,7 +254,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--english", type=int, default=48_000, help="sentences to speak")
+    parser.add_argument("--english", type=int, default=30_000, help="sentences to speak")
     parser.add_argument("--mongolian", type=int, default=5_700, help="sentences to speak")
     options = parser.parse_args()
     for engine in ("flite", "espeak-ng"):
@@ -237,7 +264,8 @@ def main() -> None:
     held_out = held_out_sentences(options.manifests)
     english = read_sentences(options.text_dir / "en.txt", held_out, rng)
     mongolian = read_sentences(options.text_dir / "mn.txt", held_out, rng)
-    plan = make_plan(english, mongolian, options.english, options.mongolian, rng)
+    orders = tuple(read_orders(options.manifests, random.Random(options.seed)))  # noqa: S311
+    plan = make_plan(english, mongolian, options.english, options.mongolian, rng, orders)
     options.output.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, object]]] = defaultdict(list)
     with ProcessPoolExecutor(options.jobs) as pool:

@@ -138,10 +138,14 @@ def write_whisper(folder: Path, mode: str) -> None:
     WhisperFeatureExtractor().save_pretrained(folder)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["trimmed", "padded"])
-def test_the_whisper_baseline_hides_padding_from_its_decoder(tmp_path: Path, mode: str) -> None:
+def test_the_whisper_baseline_hides_padding_from_its_decoder(
+    tmp_path: Path, mode: str, attention: str
+) -> None:
     write_whisper(tmp_path, mode)
     baseline = WhisperTranscriber.from_pretrained(tmp_path, device="cpu")
+    baseline.whisper.set_attn_implementation(attention)
     together = baseline.transcribe(clips()).transcripts
     alone = [baseline.transcribe([clip]).transcripts[0] for clip in clips()]
     assert [t.token_ids for t in together] == [t.token_ids for t in alone]

@@ -1,5 +1,7 @@
 """The connector stage: what it trains, from audio and from caches."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -172,3 +174,15 @@ def test_contradicting_options_are_refused(fresh_model, utterances, tmp_path):
     cache = FeatureCache(tmp_path / "cache", fingerprint(model, processor))
     with pytest.raises(ValueError, match="cannot be trained from cached"):
         make_stage(fresh_model, merge_clips([cache]), train_encoder=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_compiled_layers_train_to_the_same_losses(fresh_model, utterances):
+    losses = []
+    for compiled in (False, True):
+        stage = make_stage(fresh_model, utterances, train_llm=True, compile_layers=compiled)
+        batches = list(stage.epoch(0, 0, 1).iterate(0))
+        losses.append([stage.module(batch)["loss"].item() for batch in batches])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

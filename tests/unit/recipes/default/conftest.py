@@ -18,7 +18,7 @@ def recipe() -> Path:
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    names = ("synthesise", "prepare")
+    names = ("synthesise", "prepare", "pseudo_label")
     sys.path.insert(0, str(RECIPE))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -36,3 +36,8 @@ def synthesise(scripts: dict[str, ModuleType]) -> ModuleType:
 @pytest.fixture(scope="session")
 def prepare(scripts: dict[str, ModuleType]) -> ModuleType:
     return scripts["prepare"]
+
+
+@pytest.fixture(scope="session")
+def pseudo_label(scripts: dict[str, ModuleType]) -> ModuleType:
+    return scripts["pseudo_label"]

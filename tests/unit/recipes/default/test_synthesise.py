@@ -124,6 +124,23 @@ def test_digit_strings_are_one_to_eight_digit_words(plan: list, synthesise: Modu
     assert {word for words in strings for word in words} == set(synthesise.DIGITS)
 
 
+def test_orders_come_last_and_say_each_slot_once(tmp_path: Path, synthesise: ModuleType) -> None:
+    slots = {"size": "eight ounce", "coffeeDrink": "iced mocha", "milkAmount": " soy milk"}
+    (tmp_path / "picovoice_slots.jsonl").write_text(
+        f"{json.dumps({'slots': slots})}\n{json.dumps({'slots': {'roast': 'dark roast'}})}\n"
+    )
+    orders = synthesise.read_orders(tmp_path, seeded(1))
+    assert len(orders) == 2
+    assert all(orders[0].lower().count(value.strip()) == 1 for value in slots.values())
+    assert "dark roast coffee" in orders[1].lower()
+    plan = synthesise.make_plan([], [], 0, 0, seeded(1), tuple(orders))
+    assert [task.text for task in plan[-2:]] == orders
+
+
+def test_without_recorded_orders_none_are_spoken(tmp_path: Path, synthesise: ModuleType) -> None:
+    assert synthesise.read_orders(tmp_path, seeded(1)) == []
+
+
 @pytest.mark.parametrize(
     "unspeakable",
     [
@@ -246,7 +263,7 @@ def test_a_killed_run_is_resumed_without_speaking_again(
     manifest = tmp_path / "out" / "train.jsonl"
     first = manifest.read_bytes()
     utterances = read_manifest(manifest)
-    assert [u.text for u in utterances[3:]] == ["Where is my shoe?"] * 2 + ["Нягтлан ирэв."]
+    assert [u.text for u in utterances[3:]] == ["Нягтлан ирэв."] + ["Where is my shoe?"] * 2
     lost, kept = utterances[0].audio, utterances[1].audio
     spoken, stamp = lost.read_bytes(), kept.stat().st_mtime_ns
     lost.unlink()
