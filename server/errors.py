@@ -4,6 +4,7 @@ ServerError
 ├── RequestError                    the client's doing
 │   ├── InvalidRequestError         the form is not what the endpoint takes
 │   ├── UploadTooLargeError         more bytes than allowed
+│   ├── UploadStalledError          its bytes have stopped coming
 │   └── AudioError
 │       ├── AudioEmptyError         no bytes, or not one sample
 │       ├── AudioUnrecognisedError  no container that we know
@@ -51,6 +52,10 @@ class InvalidRequestError(RequestError):
 
 class UploadTooLargeError(RequestError):
     """The upload has more bytes than allowed."""
+
+
+class UploadStalledError(RequestError):
+    """The upload's bytes have stopped coming."""
 
 
 class AudioError(RequestError):

@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
 
     max_upload_bytes: int = Field(25 * 2**20, ge=1, description="Largest request body, bytes.")
+    upload_idle_timeout_s: float = Field(
+        30.0, gt=0, description="Longest pause in an upload, seconds; it is then refused."
+    )
     max_audio_s: float = Field(
         30.0,
         gt=0,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from model.ctc import ctc_loss
@@ -24,6 +25,7 @@ from model.data.augmentation import (
 )
 from model.data.sampler import DurationBucketSampler
 from model.log_mel import log_mel_spectrogram
+from model.modeling import IGNORED_LABEL
 from model.training.acceleration import compile_layers, use_fast_attention
 from model.training.speech_data import SpeechData, SpeechDataConfig, pad_targets
 from model.transcription import Transcriber
@@ -183,19 +185,26 @@ class ConnectorObjective(nn.Module):
             name: tensor.to(frames.device)
             for name, tensor in self.processor.sequences(audio_lens, targets).items()
         }
+        labels = sequence.pop("labels")
         output = self.model(
             **sequence, encoder_frames=frames, frame_lens=frame_lens, use_cache=False
         )
+        llm_loss = functional.cross_entropy(
+            output.logits[:, :-1].float().flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED_LABEL,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+        )
         if self.model.ctc_head is None or self.config.ctc_weight == 0:
-            return {"loss": output.loss}
+            return {"loss": llm_loss}
         padded = pad_targets(targets, self.model.config.pad_token_id).to(frames.device)
         target_lens = torch.tensor([len(ids) for ids in targets], device=frames.device)
         auxiliary = ctc_loss(
             output.ctc_logits, frame_lens, padded, target_lens, self.model.config.pad_token_id
         )
         return {
-            "loss": output.loss + self.config.ctc_weight * auxiliary,
-            "llm_loss": output.loss,
+            "loss": llm_loss + self.config.ctc_weight * auxiliary,
+            "llm_loss": llm_loss,
             "ctc_loss": auxiliary,
         }
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _DENSE_SHARE = 0.6  # of the curriculum
+_SILENCE_PER_TOKEN = (0.4, 1.8)  # audio positions, from fast speech to slow
 SILENT = -1  # an audio position at which nothing was heard
 
 
@@ -95,7 +96,7 @@ def lay_out(
     rng: np.random.Generator,
     vocab_size: int,
     rate: float,
-    difficulty: float = 1.0,
+    pace: float,
 ) -> list[int]:
     """Spread token ids over audio positions, with silence between and a few wrong tokens.
 
@@ -104,16 +105,16 @@ def lay_out(
         rng: decides everything.
         vocab_size: wrong tokens are drawn from it.
         rate: of errors, in 0..1.
-        difficulty: 0 leaves no silence, 1 as much as speech has.
+        pace: mean number of silent positions after a token; before and after all tokens there are
+            three times as many.
     """
-    pace = difficulty * rng.uniform(0.4, 1.8)
-    positions = [SILENT] * int(difficulty * rng.integers(0, 6))
+    positions = [SILENT] * int(rng.poisson(3 * pace))
     for token in ids:
         heard = int(rng.integers(vocab_size)) if rng.random() < rate / 4 else token
         if rng.random() >= rate / 8:
             positions.append(heard)
         positions += [SILENT] * int(rng.poisson(pace))
-    return positions + [SILENT] * int(difficulty * rng.integers(0, 6))
+    return positions + [SILENT] * int(rng.poisson(3 * pace))
 
 
 class TextBatches:
@@ -142,6 +143,8 @@ class TextBatches:
         for number, batch in enumerate(self._batches[start:], start=start):
             rng = np.random.default_rng((*self._seed, number))
             difficulty = self._difficulty(number)
+            # One pace a batch: copies of sentences of a length then need little padding.
+            pace = difficulty * rng.uniform(*_SILENCE_PER_TOKEN)
             heard: list[list[int]] = []
             for index in batch:
                 if rng.random() >= config.reading:
@@ -149,7 +152,7 @@ class TextBatches:
                     continue
                 rate = difficulty * rng.uniform(0, config.max_word_errors)
                 copy = processor.text_ids(corrupt_words(self._texts[index], rate, rng))
-                heard.append(lay_out(copy, rng, self._stage.vocab_size, rate, difficulty))
+                heard.append(lay_out(copy, rng, self._stage.vocab_size, rate, pace))
             targets = [self._sentences[index] for index in batch]
             sequence = processor.sequences([len(ids) for ids in heard], targets)
             yield {

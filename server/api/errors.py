@@ -35,6 +35,7 @@ class ErrorKind:
 ERROR_TABLE: dict[type[errors.ServerError], ErrorKind] = {
     errors.InvalidRequestError: ErrorKind(400, "invalid_request", INVALID_REQUEST),
     errors.UploadTooLargeError: ErrorKind(413, "upload_too_large", INVALID_REQUEST),
+    errors.UploadStalledError: ErrorKind(408, "upload_stalled", INVALID_REQUEST),
     errors.AudioEmptyError: ErrorKind(400, "audio_empty", INVALID_REQUEST),
     errors.AudioUnrecognisedError: ErrorKind(415, "audio_unrecognised", INVALID_REQUEST),
     errors.AudioUnsupportedError: ErrorKind(415, "audio_unsupported", INVALID_REQUEST),

@@ -68,7 +68,9 @@ async def transcribe(request: Request, runtime: RuntimeDependency) -> Transcript
     Try it: `curl -F file=@recording.wav http://127.0.0.1:8000/transcribe`
     """
     await _refuse_early(request, runtime)
-    upload = await receive_upload(request, runtime.settings.max_upload_bytes)
+    upload = await receive_upload(
+        request, runtime.settings.max_upload_bytes, runtime.settings.upload_idle_timeout_s
+    )
     work = transcribe_upload(
         runtime,
         upload.data,

@@ -11,7 +11,12 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from server.errors import InvalidRequestError, ServerError, UploadTooLargeError
+from server.errors import (
+    InvalidRequestError,
+    ServerError,
+    UploadStalledError,
+    UploadTooLargeError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -34,17 +39,20 @@ class Upload:
     prompt: str | None
 
 
-async def receive_upload(request: Request, max_bytes: int) -> Upload:
+async def receive_upload(request: Request, max_bytes: int, idle_timeout_s: float) -> Upload:
     """Receive and check the form.
 
     Raises:
         UploadTooLargeError: the body is larger than `max_bytes`, announced or received.
+        UploadStalledError: nothing came for `idle_timeout_s`.
         InvalidRequestError: no form, no file, several files, unknown fields.
         ClientDisconnect: the client left.
     """
-    body = _Body(request, max_bytes)
+    body = _Body(request, max_bytes, idle_timeout_s)
     try:
         return await _read(request, body)
+    except UploadStalledError:  # there is nothing to read on for
+        raise
     except ServerError:
         await body.discard()
         raise
@@ -58,9 +66,12 @@ async def discard_body(request: Request, max_bytes: int) -> None:
 class _Body:
     """A request's body as it comes in."""
 
-    def __init__(self, request: Request, max_bytes: int) -> None:
+    def __init__(
+        self, request: Request, max_bytes: int, idle_timeout_s: float = _DISCARD_TIMEOUT_S
+    ) -> None:
         self._receive = request.receive
         self._max_bytes = max_bytes
+        self._idle_timeout_s = idle_timeout_s
         self._received_bytes = 0
         self._has_ended = False
 
@@ -70,7 +81,13 @@ class _Body:
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         while not self._has_ended:
-            chunk = await self._next()
+            try:
+                async with asyncio.timeout(self._idle_timeout_s):
+                    chunk = await self._next()
+            except TimeoutError as error:
+                raise UploadStalledError(
+                    f"nothing more of the upload came for {self._idle_timeout_s:g} s", param="file"
+                ) from error
             if self._received_bytes > self._max_bytes:
                 raise _too_large(self._max_bytes)
             yield chunk

@@ -247,6 +247,7 @@ def train_connector(
     encoder_lr_scale: Annotated[float, typer.Option()] = 0.2,
     llm_lr_scale: Annotated[float, typer.Option()] = 0.5,
     ctc_weight: Annotated[float, typer.Option(help="Weight of the auxiliary CTC loss.")] = 0.2,
+    label_smoothing: Annotated[float, typer.Option()] = 0.0,
     spec_augment: Annotated[
         bool, typer.Option(help="SpecAugment, or its like on features.")
     ] = True,
@@ -270,8 +271,8 @@ def train_connector(
     config = ConnectorStageConfig(
         train_encoder=train_encoder, train_llm=train_llm, lora=lora,
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
-        feature_augment=spec_augment, spec_augment=spec_augment, stored_dtype=stored_dtype,
-        compile_layers=compile_layers, data=data,
+        label_smoothing=label_smoothing, feature_augment=spec_augment, spec_augment=spec_augment,
+        stored_dtype=stored_dtype, compile_layers=compile_layers, data=data,
     )  # fmt: skip
     new = replace(new, seed=loop.seed)
     speech_llm, processor = _speech_llm(model, new)

@@ -21,7 +21,7 @@ LONG_CLIP_S = 29.0
 def server(start_server, tiny_checkpoint):
     with start_server(
         "--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1",
-        "--max-queue-size", "4", "--max-batch-size", "1",
+        "--max-queue-size", "4", "--max-batch-size", "1", "--upload-idle-timeout-s", "2",
     ) as (process, client):  # fmt: skip
         yield process, client
 
@@ -127,6 +127,21 @@ def test_a_client_that_leaves_frees_its_slot(server):
         pause.wait(0.05)
     assert metric(client, "speechllm_requests_admitted") == 0
     assert metric(client, "speechllm_requests_in_flight") == 1  # this one
+
+
+def test_an_upload_that_stalls_is_refused(server):
+    _, client = server
+    url = urlsplit(str(client.base_url))
+    head = (
+        f"POST /transcribe HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-length: 5000\r\n"
+        "content-type: multipart/form-data; boundary=part\r\n\r\n--part\r\n"
+    ).encode()
+    with socket.create_connection((url.hostname, url.port), timeout=30) as connection:
+        connection.sendall(head)
+        answer = connection.recv(65_536).decode()
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert '"code":"upload_stalled"' in answer
+    assert post(client, encode(tone(0.2))).status_code == 200
 
 
 def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(start_server, tiny_checkpoint):

@@ -186,3 +186,17 @@ def test_compiled_layers_train_to_the_same_losses(fresh_model, utterances):
         batches = list(stage.epoch(0, 0, 1).iterate(0))
         losses.append([stage.module(batch)["loss"].item() for batch in batches])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_label_smoothing_raises_the_training_loss_and_leaves_validation_alone(
+    fresh_model, utterances
+):
+    losses = {}
+    for smoothing in (0.0, 0.2):
+        stage = make_stage(fresh_model, utterances, label_smoothing=smoothing)
+        batch = next(iter(stage.epoch(0, 0, 1).iterate(0)))
+        for training in (True, False):
+            stage.module.train(training)
+            losses[smoothing, training] = stage.module(batch)["loss"].item()
+    assert losses[0.2, False] == losses[0.0, False]
+    assert losses[0.2, True] != losses[0.0, True]

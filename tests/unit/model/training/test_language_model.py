@@ -55,20 +55,20 @@ def test_rate_1_changes_most_texts():
 
 
 @given(st.lists(st.integers(0, 319), max_size=30), SHARES, SHARES, SEEDS)
-def test_laid_out_ids_are_in_range_and_not_more_than_were_read(ids, rate, difficulty, seed):
-    laid_out = lay_out(ids, np.random.default_rng(seed), 320, rate, difficulty)
+def test_laid_out_ids_are_in_range_and_not_more_than_were_read(ids, rate, pace, seed):
+    laid_out = lay_out(ids, np.random.default_rng(seed), 320, rate, pace)
     assert all(token == SILENT or 0 <= token < 320 for token in laid_out)
     assert sum(token != SILENT for token in laid_out) <= len(ids)
 
 
 @given(st.lists(st.integers(0, 319), max_size=30), SEEDS)
 def test_without_errors_the_layout_keeps_the_ids_in_order(ids, seed):
-    laid_out = lay_out(ids, np.random.default_rng(seed), 320, 0.0)
+    laid_out = lay_out(ids, np.random.default_rng(seed), 320, 0.0, 1.1)
     assert [token for token in laid_out if token != SILENT] == ids
 
 
 @given(st.lists(st.integers(0, 319), max_size=30), SEEDS)
-def test_difficulty_0_leaves_no_silence(ids, seed):
+def test_pace_0_leaves_no_silence(ids, seed):
     assert lay_out(ids, np.random.default_rng(seed), 320, 0.0, 0.0) == ids
 
 
