@@ -100,8 +100,8 @@ class WhisperTranscriber:
         self.tokenizer = tokenizer
         self._ctc_head = ctc_head
         config = whisper.config
-        self._mode: EncoderMode = getattr(config, "encoder_mode", "padded")
-        self._prefix: list[int] = getattr(config, "decoder_prefix_ids", None) or decoder_prefix(
+        self.encoder_mode: EncoderMode = getattr(config, "encoder_mode", "padded")
+        self.prefix_ids: list[int] = getattr(config, "decoder_prefix_ids", None) or decoder_prefix(
             tokenizer, int(config.decoder_start_token_id), None
         )
 
@@ -151,11 +151,11 @@ class WhisperTranscriber:
             batch.to(self.device),
             sample_lens.to(self.device),
             self.whisper.config.num_mel_bins,
-            full_window=self._mode == "padded",
+            full_window=self.encoder_mode == "padded",
         )
         encoder = self.whisper.model.encoder
         frames, frame_lens = encode(
-            encoder, features.to(self.whisper.dtype), feature_lens, self._mode
+            encoder, features.to(self.whisper.dtype), feature_lens, self.encoder_mode
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -175,8 +175,8 @@ class WhisperTranscriber:
     def _decode(self, frames: Tensor, frame_lens: Tensor, budgets: list[int]) -> list[list[int]]:
         """Greedy search, every row until its EOS (B lists)."""
         config = self.whisper.config
-        most = min(max(budgets), config.max_target_positions - len(self._prefix))
-        tokens = torch.tensor([self._prefix] * len(budgets), device=frames.device)
+        most = min(max(budgets), config.max_target_positions - len(self.prefix_ids))
+        tokens = torch.tensor([self.prefix_ids] * len(budgets), device=frames.device)
         generated: list[Tensor] = []
         finished = torch.zeros(len(budgets), dtype=torch.bool, device=frames.device)
         cache = None

@@ -27,6 +27,7 @@ from model.data.sampler import DurationBucketSampler
 from model.log_mel import log_mel_spectrogram
 from model.modeling import IGNORED_LABEL
 from model.training.acceleration import compile_layers, use_fast_attention
+from model.training.distillation import WhisperTeacher
 from model.training.speech_data import SpeechData, SpeechDataConfig, pad_targets
 from model.transcription import Transcriber
 
@@ -66,6 +67,10 @@ class ConnectorStageConfig(BaseModel):
     llm_lr_scale: float = Field(0.5, gt=0)
     ctc_weight: float = Field(0.2, ge=0, description="weight of the auxiliary CTC loss")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    teacher: str | None = Field(
+        None, description="folder of a fine-tuned Whisper with the LLM's tokens, to distil from"
+    )
+    teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss")
     feature_augment: bool = True
     spec_augment: bool = True
     stored_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -162,8 +167,10 @@ class ConnectorObjective(nn.Module):
         model: SpeechLLMForConditionalGeneration,
         processor: SpeechLLMProcessor,
         config: ConnectorStageConfig,
+        teacher: WhisperTeacher | None = None,
     ) -> None:
         super().__init__()
+        self._teacher = teacher
         self.model = model
         self.processor = processor
         self.config = config
@@ -178,7 +185,7 @@ class ConnectorObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the losses of a batch of waveforms or of cached encoder frames."""
-        frames, frame_lens = self._frames(batch)
+        frames, frame_lens, teacher_frames = self._frames(batch)
         targets: list[list[int]] = batch["target_ids"]
         audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
         sequence = {
@@ -189,12 +196,17 @@ class ConnectorObjective(nn.Module):
         output = self.model(
             **sequence, encoder_frames=frames, frame_lens=frame_lens, use_cache=False
         )
+        is_target = labels[:, 1:] != IGNORED_LABEL
+        logits = output.logits[:, :-1][is_target].float()  # (sum over clips of L + 1, V)
         llm_loss = functional.cross_entropy(
-            output.logits[:, :-1].float().flatten(0, 1),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED_LABEL,
+            logits,
+            labels[:, 1:][is_target],
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
+        if self._teacher is not None and teacher_frames is not None:
+            taught = self._teacher.probabilities(teacher_frames, frame_lens, targets)
+            distance = functional.cross_entropy(logits, taught)
+            llm_loss = llm_loss.lerp(distance, self.config.teacher_weight)
         if self.model.ctc_head is None or self.config.ctc_weight == 0:
             return {"loss": llm_loss}
         padded = pad_targets(targets, self.model.config.pad_token_id).to(frames.device)
@@ -208,14 +220,17 @@ class ConnectorObjective(nn.Module):
             "ctc_loss": auxiliary,
         }
 
-    def _frames(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _frames(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Frames (B, F, D), their lengths, and the unmasked ones that the teacher reads."""
         device = self.model.device
+        teaching = self.training and self._teacher is not None
         if "encoder_frames" in batch:
-            frames = batch["encoder_frames"].to(device)
+            stored = batch["encoder_frames"].to(device)
             frame_lens = batch["frame_lens"].to(device)
+            frames = stored
             if self.training and self.config.feature_augment:
-                frames = feature_augment(frames, frame_lens, FeatureAugmentConfig())
-            return frames, frame_lens
+                frames = feature_augment(stored, frame_lens, FeatureAugmentConfig())
+            return frames, frame_lens, stored if teaching else None
         with torch.autocast(device.type, enabled=False):
             features, feature_lens = log_mel_spectrogram(
                 batch["waveforms"].to(device),
@@ -223,10 +238,14 @@ class ConnectorObjective(nn.Module):
                 self.model.config.encoder_config.num_mel_bins,
                 full_window=self.model.config.encoder_mode == "padded",
             )
+        unmasked = None
+        if teaching and self._teacher is not None:
+            unmasked = self._teacher.encode(features, feature_lens)
         if self.training and self.config.spec_augment:
             features = spec_augment(features, feature_lens, SpecAugmentConfig())
         with torch.set_grad_enabled(self.config.train_encoder and torch.is_grad_enabled()):
-            return self.model.encode(features, feature_lens)
+            frames, frame_lens = self.model.encode(features, feature_lens)
+        return frames, frame_lens, unmasked
 
 
 def add_lora(model: SpeechLLMForConditionalGeneration, settings: LoraSettings) -> None:
@@ -270,7 +289,9 @@ class ConnectorStage:
             seed: of everything random.
 
         Raises:
-            ValueError: `train_encoder` with cached features, or `lora` with `train_llm`.
+            CheckpointError: the teacher cannot be loaded.
+            ValueError: `train_encoder` with cached features, `lora` with `train_llm`, or a teacher
+                of other tokens or, with cached features, with another encoder.
         """
         cached = bool(train) and isinstance(train[0], tuple)
         if cached and config.train_encoder:
@@ -291,7 +312,12 @@ class ConnectorStage:
             compile_layers(model.llm)
         if model.ctc_head is not None and model.config.ctc == "auxiliary":
             model.ctc_head.requires_grad_(config.ctc_weight > 0)  # else it takes part in no loss
-        self._module = ConnectorObjective(model, processor, config)
+        teacher = None
+        if config.teacher is not None:
+            teacher = WhisperTeacher(config.teacher, processor, model.device)
+            if cached and not teacher.has_encoder(model.encoder):
+                raise ValueError(f"{config.teacher}: its encoder is not the one of the cache")
+        self._module = ConnectorObjective(model, processor, config, teacher)
         self._train = (
             CachedData(train, config.data, seed, processor.text_ids(" "))  # type: ignore[arg-type]
             if cached

@@ -248,6 +248,10 @@ def train_connector(
     llm_lr_scale: Annotated[float, typer.Option()] = 0.5,
     ctc_weight: Annotated[float, typer.Option(help="Weight of the auxiliary CTC loss.")] = 0.2,
     label_smoothing: Annotated[float, typer.Option()] = 0.0,
+    teacher: Annotated[
+        str | None, typer.Option(help="Fine-tuned Whisper with the LLM's tokens, to distil from.")
+    ] = None,
+    teacher_weight: Annotated[float, typer.Option(help="Share of the teacher's loss.")] = 0.5,
     spec_augment: Annotated[
         bool, typer.Option(help="SpecAugment, or its like on features.")
     ] = True,
@@ -271,7 +275,8 @@ def train_connector(
     config = ConnectorStageConfig(
         train_encoder=train_encoder, train_llm=train_llm, lora=lora,
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
-        label_smoothing=label_smoothing, feature_augment=spec_augment, spec_augment=spec_augment,
+        label_smoothing=label_smoothing, teacher=teacher, teacher_weight=teacher_weight,
+        feature_augment=spec_augment, spec_augment=spec_augment,
         stored_dtype=stored_dtype, compile_layers=compile_layers, data=data,
     )  # fmt: skip
     new = replace(new, seed=loop.seed)
