@@ -116,6 +116,18 @@ def test_the_loss_falls_and_everything_is_written(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["loop"]["epochs"] == 6
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_shows_what_the_metrics_file_holds(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra speechllm[tensorboard] is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    make_loop(tmp_path, tensorboard=True).run()
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [event.step for event in shown] == [record["step"] for record in logged]
+    assert [event.value for event in shown] == pytest.approx([r["loss"] for r in logged])
+
+
 def test_log_windows_span_epochs(tmp_path):
     make_loop(tmp_path, log_every_steps=4).run()
     assert [record["step"] for record in curve(tmp_path) if "loss" in record] == [4, 8, 12]
