@@ -5,6 +5,7 @@ Axis legend: B clips, L decoder tokens, F encoder frames, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jiwer
@@ -16,6 +17,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from transformers import WhisperForConditionalGeneration as Whisper
 
+from model.checkpoint import check_tensors, read_tensors
 from model.ctc import ctc_greedy, ctc_loss
 from model.data.augmentation import SpecAugmentConfig, spec_augment
 from model.encoder import EncoderMode, encode, length_mask
@@ -26,7 +28,6 @@ from model.whisper_baseline import CTC_HEAD_FILE, decoder_prefix, masked_cross_a
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
@@ -189,9 +190,19 @@ class WhisperStage:
             decoder_prefix(self.tokenizer, start_id, language),
             int(self.tokenizer.eos_token_id),
         )
+        self._take_over_ctc_head(Path(config.whisper) / CTC_HEAD_FILE)
         self._train = SpeechData(train, config.data, self._tokenise, seed)
         plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
         self._dev = SpeechData(dev, plain, self._tokenise, seed) if dev else None
+
+    def _take_over_ctc_head(self, file: Path) -> None:
+        """Go on with the head that an earlier run of this stage left beside its Whisper."""
+        head = self._module.ctc_head
+        if head is None or self.config.tokenizer is not None or not file.exists():
+            return
+        tensors = read_tensors([file])
+        check_tensors(tensors, head.state_dict(), str(file))
+        head.load_state_dict(tensors)
 
     @property
     def module(self) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ HUMAN_TRAIN = ("kathleen_train", "matthes_train", "fsdd_train", "precise_train")
 TEST_NOISES = ("bg_noise8.flac", "bg_noise9.flac")
 N_NOISE_TRAIN, N_NOISE_TEST = 300, 60
 N_DIGIT_STRINGS = 200
+MAX_SAME_WORD = 20  # recordings of one; a word heard hundreds of times is heard in noise too
 MONGOLIAN_COPIES = 3  # of its text: there is a tenth as much of it as of English
 
 
@@ -98,6 +100,17 @@ def digit_strings(rows: list[Row], folder: Path) -> list[Row]:
     return clips
 
 
+def cap_repeats(rows: list[Row], most: int) -> list[Row]:
+    """Rows without those whose text `most` rows before them have."""
+    counts: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        counts[row["text"]] += 1
+        if counts[row["text"]] <= most:
+            kept.append(row)
+    return kept
+
+
 def held_out_texts(*splits: list[Row]) -> set[str]:
     """What dev and test splits say; single words, such as digits, are no sentence to hold out."""
     texts = {comparable(row["text"]) for rows in splits for row in rows}
@@ -127,7 +140,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
 
     def human(name: str) -> list[Row]:
-        return read_rows(data / "manifests" / f"{name}.jsonl", data)
+        rows = read_rows(data / "manifests" / f"{name}.jsonl", data)
+        return cap_repeats(rows, MAX_SAME_WORD) if name == "precise_train" else rows
 
     def synthetic(name: str) -> list[Row]:
         return read_rows(options.synthetic / f"{name}.jsonl", options.synthetic)

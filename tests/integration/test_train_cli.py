@@ -128,6 +128,19 @@ def test_whisper_stage_writes_a_whisper_that_transcribes_and_a_ctc_head(work: Pa
     assert (product / "curves.png").stat().st_size > 1000
 
 
+def test_whisper_stage_goes_on_with_what_it_wrote(work: Path, tmp_path: Path) -> None:
+    options = whisper_options(work)
+    options[options.index("--whisper") + 1] = work / "whisper"
+    at = options.index("--tokenizer")
+    del options[at : at + 2]
+    # One step at a rate of next to nothing: all that is trained is what was taken over.
+    still = ["--epochs", 1, "--learning-rate", 1e-12, "--warmup-steps", 0]
+    run("train", "whisper", *options, *still, "--output", tmp_path / "more")
+    for name in ("model.safetensors", "ctc_head.safetensors"):
+        before, after = load_file(work / "whisper" / name), load_file(tmp_path / "more" / name)
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
 def test_lm_stage_writes_a_causal_lm_with_its_tokenizer(work: Path) -> None:
     llm = AutoModelForCausalLM.from_pretrained(work / "lm")
     assert llm.config.model_type == "qwen2"

@@ -108,6 +108,11 @@ def test_training_is_the_human_clips_non_speech_and_synthetic_speech(prepared: P
     ]
 
 
+def test_a_word_that_is_recorded_very_often_is_capped(prepare: ModuleType) -> None:
+    rows = [{"text": "athena", "audio": number} for number in range(5)] + [{"text": "glass"}]
+    assert prepare.cap_repeats(rows, 2) == [*rows[:2], rows[5]]
+
+
 def test_no_dev_or_test_recording_is_trained_on(prepared: Path) -> None:
     train = {u.audio for u in read_manifest(prepared / "train.jsonl")}
     held_out = {
