@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class CachingConfig(BaseModel):
     noise_dir: str | None = None
     max_batch_audio_s: float = Field(120.0, gt=0)
     max_audio_s: float = Field(30.0, gt=0, le=30)
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the encoder's arithmetic")
     seed: int = 0
 
 
@@ -75,13 +76,15 @@ def write_cache(
     sampler = DurationBucketSampler(
         [item[2].duration for item in pending], config.max_batch_audio_s, config.seed
     )
+    is_bf16 = config.precision == "bf16"
     total_s = sum(item[2].duration for item in pending)
     with tqdm(total=round(total_s), unit="audio-s", desc="cache", mininterval=2.0) as bar:
         for batch in sampler if pending else ():
             items = [pending[index] for index in batch]
             clips = [_waveform(item, augmenter, config.seed) for item in items]
             features, feature_lens = processor.features(clips, model.device)
-            frames, frame_lens = model.encode(features, feature_lens)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=is_bf16):
+                frames, frame_lens = model.encode(features, feature_lens)
             for item, row, length in zip(items, frames, frame_lens.tolist(), strict=True):
                 name, _, utterance = item
                 text = utterance.text or ""

@@ -373,6 +373,7 @@ def cache(
     noise_dir: NoiseDir = None,
     max_batch_audio_s: BatchSeconds = 120.0,
     max_audio_s: MaxAudio = 30.0,
+    precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "bf16",
     seed: Annotated[int, typer.Option(help="Of the augmentation.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
@@ -384,7 +385,7 @@ def cache(
     config = CachingConfig(
         plain_copies=plain_copies, augmented_copies=augmented_copies,
         noise_dir=str(noise_dir) if noise_dir else None, max_batch_audio_s=max_batch_audio_s,
-        max_audio_s=max_audio_s, seed=seed,
+        max_audio_s=max_audio_s, precision=precision, seed=seed,
     )  # fmt: skip
     utterances = _read(manifest, audio_root)
     model, processor = assemble(Parts(encoder=encoder, llm=llm, encoder_mode=encoder_mode))

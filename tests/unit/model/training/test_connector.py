@@ -53,7 +53,7 @@ def test_cached_and_uncached_losses_are_equal_without_augmentation(
     fresh_model, utterances, tmp_path
 ):
     model, processor = fresh_model()
-    write_cache(model, processor, utterances, CachingConfig(), tmp_path / "cache")
+    write_cache(model, processor, utterances, CachingConfig(precision="fp32"), tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache", fingerprint(model, processor))
     one_clip = SpeechDataConfig(max_batch_audio_s=0.1, workers=0)
     from_audio = losses_of(make_stage(fresh_model, utterances, data=one_clip))
@@ -78,7 +78,7 @@ def test_cached_features_with_augmentation_and_joined_clips_train(
     fresh_model, utterances, tmp_path
 ):
     model, processor = fresh_model()
-    write_cache(model, processor, utterances, CachingConfig(), tmp_path / "cache")
+    write_cache(model, processor, utterances, CachingConfig(precision="fp32"), tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache", fingerprint(model, processor))
     data = DATA.model_copy(update={"concatenation": 0.9})
     stage = make_stage(fresh_model, merge_clips([cache]), data=data, feature_augment=True)
@@ -170,7 +170,7 @@ def test_contradicting_options_are_refused(fresh_model, utterances, tmp_path):
     with pytest.raises(ValueError, match="lora and train_llm exclude each other"):
         make_stage(fresh_model, utterances, lora=LoraSettings(), train_llm=True)
     model, processor = fresh_model()
-    write_cache(model, processor, utterances, CachingConfig(), tmp_path / "cache")
+    write_cache(model, processor, utterances, CachingConfig(precision="fp32"), tmp_path / "cache")
     cache = FeatureCache(tmp_path / "cache", fingerprint(model, processor))
     with pytest.raises(ValueError, match="cannot be trained from cached"):
         make_stage(fresh_model, merge_clips([cache]), train_encoder=True)

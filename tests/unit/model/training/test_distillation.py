@@ -90,7 +90,7 @@ def test_from_a_cache_and_from_audio_the_teacher_says_the_same(
 ):
     model, processor = fresh_model(max_tokens_per_audio_s=50.0)
     folder = teacher_folder(model)
-    write_cache(model, processor, utterances, CachingConfig(), tmp_path / "cache")
+    write_cache(model, processor, utterances, CachingConfig(precision="fp32"), tmp_path / "cache")
     cached = merge_clips([FeatureCache(tmp_path / "cache", fingerprint(model, processor))])
     losses = []
     for train in (utterances, cached):
@@ -112,7 +112,7 @@ def test_a_teacher_with_another_encoder_than_the_cache_s_is_refused(
     fresh_model, utterances, teacher_folder, tmp_path
 ):
     model, processor = fresh_model(max_tokens_per_audio_s=50.0)
-    write_cache(model, processor, utterances, CachingConfig(), tmp_path / "cache")
+    write_cache(model, processor, utterances, CachingConfig(precision="fp32"), tmp_path / "cache")
     cached = merge_clips([FeatureCache(tmp_path / "cache", fingerprint(model, processor))])
     with pytest.raises(ValueError, match="its encoder is not the one of the cache"):
         make_stage(fresh_model, cached, teacher=teacher_folder())
