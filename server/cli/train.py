@@ -207,6 +207,9 @@ def train_whisper(
     dropout: Annotated[float, typer.Option()] = 0.0,
     spec_augment: Annotated[bool, typer.Option(help="SpecAugment.")] = False,
     new_parameters_lr_scale: Annotated[float, typer.Option()] = 5.0,
+    tuned_share: Annotated[
+        float, typer.Option(help="Of the stored encoder; the rest is the one it started from.")
+    ] = 1.0,
     new_parameters_first_steps: Annotated[
         int, typer.Option(help="Steps in which only tensors made anew are trained.")
     ] = 0,
@@ -221,7 +224,7 @@ def train_whisper(
         whisper=whisper, tokenizer=tokenizer, init=init, encoder_mode=encoder_mode,
         ctc_weight=ctc_weight, label_smoothing=label_smoothing, dropout=dropout,
         spec_augment=spec_augment, new_parameters_lr_scale=new_parameters_lr_scale,
-        new_parameters_first_steps=new_parameters_first_steps, data=data,
+        new_parameters_first_steps=new_parameters_first_steps, tuned_share=tuned_share, data=data,
     )  # fmt: skip
     stage = WhisperStage(
         config, _read(manifest, audio_root), _read(dev, audio_root), language, loop.seed

@@ -141,6 +141,20 @@ def test_whisper_stage_goes_on_with_what_it_wrote(work: Path, tmp_path: Path) ->
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
+def test_a_tuned_share_lies_between_the_first_encoder_and_the_tuned_one(
+    work: Path, tmp_path: Path
+) -> None:
+    run("train", "whisper", *whisper_options(work), "--tuned-share", 0.25, "--output", tmp_path)
+    names = ("base", "whisper")
+    first, tuned = (load_file(work / name / "model.safetensors") for name in names)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, tensor in stored.items():
+        if name.startswith("model.encoder."):
+            torch.testing.assert_close(tensor, first[name].lerp(tuned[name], 0.25))
+        else:
+            torch.testing.assert_close(tensor, tuned[name])
+
+
 def test_lm_stage_writes_a_causal_lm_with_its_tokenizer(work: Path) -> None:
     llm = AutoModelForCausalLM.from_pretrained(work / "lm")
     assert llm.config.model_type == "qwen2"
