@@ -238,7 +238,7 @@ class _Entry:
             return
         try:
             self.request.on_piece(piece)
-        except Exception as error:  # noqa: BLE001 - whose fault it is, is told
+        except Exception as error:  # noqa: BLE001 - it ends the listener's own request
             self.answer.set_exception(error)
 
     def end(self, answer: EngineResult | ServerError) -> None:

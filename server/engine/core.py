@@ -216,14 +216,13 @@ class EngineCore:
     def _row_of(self, key: int) -> int | None:
         return next((i for i, each in enumerate(self._running) if each.queued.key == key), None)
 
-    def _leave(self, row: int, reason: EndReason) -> _Active:
+    def _leave(self, row: int, reason: EndReason) -> None:
         """Free a row; the last one takes its place, in the runner as here."""
         self.runner.release(row, failed=reason == "failed")
         self._ended[reason] += 1
-        leaving, last = self._running[row], self._running.pop()
+        last = self._running.pop()
         if row < len(self._running):
             self._running[row] = last
-        return leaving
 
     def _start(self, batch: Sequence[_Queued]) -> None:
         planned = [active for each in batch if (active := self._plan(each)) is not None]
@@ -237,6 +236,10 @@ class EngineCore:
         except InvalidRequestError as error:
             self._refuse(queued, error)
             return None
+        except Exception:  # noqa: BLE001 - a tokenizer may raise anything; logged
+            self._note_failure("lay out", [queued])
+            self._refuse(queued, _guilty())
+            return None
         listens = request.on_piece is not None
         generation = Generation(
             max_tokens=plan.max_tokens,
@@ -248,7 +251,7 @@ class EngineCore:
         return _Active(queued, plan, generation, stream)
 
     def _start_or_halve(self, batch: list[_Active]) -> bool:
-        """Start a batch, or what of it can be; returns whether the model failed on none alone."""
+        """Start a batch, or what of it can be; returns whether nobody had to be refused."""
         started_s = self._clock()
         try:
             report = self.runner.start([each.plan for each in batch])
@@ -318,7 +321,8 @@ class EngineCore:
             self._leave(row, "failed")
             self._outcome.answers.append((active.queued.key, _guilty()))
             return
-        active.first_token_s = active.first_token_s or now_s
+        if active.first_token_s is None:
+            active.first_token_s = now_s
         generation = active.generation
         if generation.push(token):
             self._report.retries += 1

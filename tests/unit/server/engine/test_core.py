@@ -259,6 +259,14 @@ def test_a_prompt_that_is_too_long_fails_alone(runner):
     assert bench.ended()["failed"] == 1
 
 
+def test_a_prompt_that_breaks_the_tokenizer_fails_alone(runner):
+    bench = Bench(runner)
+    bad, good = bench.submit(CLIPS[0], prompt="\ud800"), bench.submit(CLIPS[0])
+    bench.finish()
+    assert isinstance(bench.answers[bad], InferenceFailedError)
+    assert isinstance(bench.answers[good], EngineResult)
+
+
 @pytest.mark.parametrize("mark", [START_POISON, STEP_POISON, np.nan])
 @pytest.mark.parametrize("guilty", range(4))
 def test_only_the_guilty_request_of_a_batch_fails(tiny, runner, mark, guilty):
