@@ -76,7 +76,7 @@ def layer_shapes(llm: PreTrainedModel) -> tuple[LayerShape, ...]:
     """
     embeddings = llm.get_input_embeddings().weight
     token = embeddings.new_zeros(1, 1, embeddings.shape[1])
-    cache = llm(inputs_embeds=token, use_cache=True, logits_to_keep=1).past_key_values
+    cache = llm(inputs_embeds=token, use_cache=True).past_key_values
     layers = getattr(cache, "layers", [])
     for layer in layers:
         if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
