@@ -220,6 +220,7 @@ class EngineCore:
         """Free a row; the last one takes its place, in the runner as here."""
         self.runner.release(row, failed=reason == "failed")
         self._ended[reason] += 1
+        self._wake_s = None  # there is room for what waits
         last = self._running.pop()
         if row < len(self._running):
             self._running[row] = last

@@ -61,8 +61,10 @@ class Bench:
 
     def finish(self):
         for _ in range(1000):
-            if self.core.idle_s() is None:
+            idle_s = self.core.idle_s()
+            if idle_s is None:
                 return
+            self.clock.now_s += idle_s  # as the thread sleeps
             self.iterate()
         pytest.fail("the engine does not come to an end")
 
@@ -238,6 +240,18 @@ def test_a_deadline_ends_what_waits_and_what_runs(runner):
     assert "not complete" in str(bench.answers[runs])
     assert "still waited" in str(bench.answers[waits])
     assert bench.core.idle_s() is None
+
+
+@pytest.mark.parametrize("leaves", ["finished", "cancelled"])
+def test_what_waits_for_a_slot_starts_as_soon_as_one_is_free(runner, leaves):
+    bench = Bench(runner, ScheduleLimits(max_batch_size=1))
+    first, second = (bench.submit(CLIPS[0], deadline_s=160.0) for _ in range(2))
+    bench.iterate()
+    if leaves == "cancelled":
+        bench.core.cancel(first)
+    bench.finish()
+    assert isinstance(bench.answers[second], EngineResult)
+    assert bench.clock.now_s == 100.0
 
 
 def test_a_wait_for_fuller_batches_ends_with_the_hurry(runner):
