@@ -11,15 +11,16 @@ from fastapi import FastAPI
 from server.api import health, transcribe
 from server.api.errors import install_error_handlers
 from server.api.middleware import RequestMiddleware
-from server.engine.batching import BatchingEngine
-from server.engine.scheduler import BatchLimits
+from server.engine.admission import Admission
+from server.engine.continuous import ContinuousEngine
+from server.engine.scheduler import ScheduleLimits
 from server.metrics import Metrics
 from server.runtime import Runtime
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from server.engine.interface import Backend, Engine
+    from server.engine.interface import Engine, Runner
     from server.settings import Settings
 
 
@@ -34,7 +35,7 @@ def create_app(
     Args:
         settings: the server's options.
         engine: used in place of the one that the settings describe.
-        on_failure: called when the model cannot be loaded, to end the process.
+        on_failure: called when the model cannot be loaded or has died for good, to end the process.
     """
     metrics = Metrics()
     if engine is None:
@@ -62,23 +63,31 @@ def create_app(
     return app
 
 
-def build_engine(settings: Settings, metrics: Metrics) -> BatchingEngine:
+def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
     """Make the engine that the settings describe, not started."""
-    limits = BatchLimits(
+    limits = ScheduleLimits(
         max_batch_size=settings.max_batch_size,
-        max_batch_audio_s=settings.max_batch_audio_s,
         max_wait_s=settings.max_wait_ms / 1000,
+        preferred_batch_sizes=settings.preferred_sizes,
+        max_batch_audio_s=settings.max_batch_audio_s,
     )
-    return BatchingEngine(
-        partial(_load_backend, settings),
+    return ContinuousEngine(
+        partial(_load_runner, settings),
         limits,
-        max_queue_size=settings.max_queue_size,
-        on_batch=metrics.batch_ran,
+        Admission(max_requests=settings.max_queue_size, max_audio_s=settings.max_queue_audio_s),
+        guards_loops=settings.loop_guard,
+        on_iteration=metrics.iterated,
     )
 
 
-def _load_backend(settings: Settings) -> Backend:
+def _load_runner(settings: Settings) -> Runner:
     # Importing torch takes seconds; in the device's thread it delays no health check.
-    from server.engine.backend import TranscriberBackend  # noqa: PLC0415
+    from server.engine.runner import SpeechRunner  # noqa: PLC0415
 
-    return TranscriberBackend.load(settings.model, settings.device, settings.dtype)
+    return SpeechRunner.load(
+        settings.model,
+        settings.device,
+        settings.dtype,
+        max_slots=settings.max_batch_size,
+        kv_cache_bytes=settings.kv_cache_mib << 20 or None,
+    )

@@ -21,7 +21,7 @@ from prometheus_client import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from server.engine.interface import BatchReport, EngineResult, EngineStats
+    from server.engine.interface import EngineResult, EngineStats, IterationReport
 
 # Seconds, from a 20 ms request to a 10 min file.
 _SECONDS = (
@@ -30,6 +30,11 @@ _SECONDS = (
 )  # fmt: skip
 _CLIP_SECONDS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 25, 30, 60, 120, 300, 600, 1800, 3600)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+# Seconds of one step, from a small model on a GPU to a large batch on a CPU.
+_STEP_SECONDS = (
+    0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
+    0.5, 1.0, 2.0, 5.0,
+)  # fmt: skip
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -58,7 +63,8 @@ class Metrics:
         )
         self._stages = Histogram(
             "speechllm_stage_seconds",
-            "Seconds a transcription spent in each stage; encode and generate are its batch's.",
+            "Seconds a transcription spent in each stage; encode and prefill are its batch's, "
+            "generate holds prefill, and first_token counts from its submission.",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
@@ -71,7 +77,7 @@ class Metrics:
         )
         self._transcripts = Counter(
             "speechllm_transcripts",
-            "Transcripts by how they ended: stop, length (token cap) or empty.",
+            "Transcripts by how they ended: stop, length (token cap), loop or empty.",
             ["outcome"],
             registry=registry,
         )
@@ -90,10 +96,40 @@ class Metrics:
             "speechllm_device_busy_seconds", "Time the device worked.", registry=registry
         )
         self._batch_sizes = Histogram(
-            "speechllm_batch_size", "Clips in a batch.", buckets=_BATCH_SIZES, registry=registry
+            "speechllm_batch_size",
+            "Clips encoded and prefilled together.",
+            buckets=_BATCH_SIZES,
+            registry=registry,
+        )
+        self._step_sizes = Histogram(
+            "speechllm_decode_batch_size",
+            "Clips in a decode step.",
+            buckets=_BATCH_SIZES,
+            registry=registry,
+        )
+        self._step_seconds = Histogram(
+            "speechllm_iteration_seconds",
+            "Seconds of each part of an engine's iteration: encode, prefill or decode.",
+            ["part"],
+            buckets=_STEP_SECONDS,
+            registry=registry,
+        )
+        self._ended = Counter(
+            "speechllm_engine_requests",
+            "Requests that left the engine, by how: stop, length, loop, cancelled, deadline, "
+            "failed.",
+            ["reason"],
+            registry=registry,
+        )
+        self._retries = Counter(
+            "speechllm_loop_retries",
+            "Answers that looped and were begun again under a penalty.",
+            registry=registry,
         )
         self._failed_batches = Counter(
-            "speechllm_batch_failures", "Batches that the model failed on.", registry=registry
+            "speechllm_batch_failures",
+            "Calls into the model that failed; their clips are tried in smaller batches.",
+            registry=registry,
         )
 
     def watch(self, stats: Callable[[], EngineStats], is_ready: Callable[[], bool]) -> None:
@@ -101,8 +137,12 @@ class Metrics:
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "speechllm_ready": ("1 while requests are taken.", lambda: float(is_ready())),
             "speechllm_requests_admitted": (
-                "Requests that hold a slot: decoding, waiting or running.",
+                "Requests that are taken on: decoding, waiting or running.",
                 lambda: stats().admitted,
+            ),
+            "speechllm_admitted_audio_seconds": (
+                "Audio of these, seconds.",
+                lambda: stats().admitted_audio_s,
             ),
             "speechllm_requests_waiting": (
                 "Requests in the engine's queue.",
@@ -111,6 +151,18 @@ class Metrics:
             "speechllm_requests_running": (
                 "Requests in the running batch.",
                 lambda: stats().running,
+            ),
+            "speechllm_kv_slots": (
+                "Requests that can run together.",
+                lambda: stats().slots,
+            ),
+            "speechllm_kv_cache_bytes": (
+                "Memory for the keys and values of running requests.",
+                lambda: stats().kv_cache_bytes,
+            ),
+            "speechllm_drain_rtfx": (
+                "Seconds of audio finished in a second of work, lately; 0 before the first.",
+                lambda: stats().rtfx or 0.0,
             ),
         }
         for name, (text, value) in gauges.items():
@@ -136,17 +188,27 @@ class Metrics:
             self._stages.labels(stage).observe(seconds)
         self._clip_seconds.observe(audio_s)
         self._transcripts.labels(result.finish_reason if result.text else "empty").inc()
-        self._tokens.inc(result.tokens)
+        self._tokens.inc(len(result.token_ids))
 
-    def batch_ran(self, report: BatchReport) -> None:
-        """Count a batch."""
+    def iterated(self, report: IterationReport) -> None:
+        """Count an iteration; called from the device's thread."""
         self._busy_seconds.inc(report.busy_s)
-        if report.failed:
-            self._failed_batches.inc()
-            return
-        self._batch_sizes.observe(report.clips)
-        self._audio_seconds.inc(report.audio_s)
-        self._padding_seconds.inc(report.padded_audio_s - report.audio_s)
+        if report.start_sizes:
+            for size in report.start_sizes:
+                self._batch_sizes.observe(size)
+            self._audio_seconds.inc(report.audio_s)
+            self._padding_seconds.inc(report.padded_audio_s - report.audio_s)
+            self._step_seconds.labels("encode").observe(report.encode_s)
+            self._step_seconds.labels("prefill").observe(report.prefill_s)
+        if report.decoded_rows:
+            self._step_sizes.observe(report.decoded_rows)
+            self._step_seconds.labels("decode").observe(report.decode_s)
+        if report.failures:
+            self._failed_batches.inc(report.failures)
+        if report.retries:
+            self._retries.inc(report.retries)
+        for reason, count in report.ended.items():
+            self._ended.labels(reason).inc(count)
 
     def render(self) -> bytes:
         """Return all series in Prometheus' text format."""

@@ -23,9 +23,9 @@ class StageTimings:
 
     Attributes:
         decode: waiting for a decoding process, and decoding.
-        queue: waiting for a batch.
-        encode: its batch's time from waveforms to encoder frames.
-        generate: its batch's time from encoder frames to text.
+        queue: waiting for its turn.
+        encode: its batch's time from waveforms to audio embeddings.
+        generate: from its audio embeddings to its text.
         total: from the request's first byte to the answer, the upload included.
     """
 
@@ -76,9 +76,12 @@ async def transcribe_upload(
     uploaded_s = time.monotonic()
     deadline_s = uploaded_s + runtime.settings.request_timeout_s
     limits = runtime.audio_limits
-    with runtime.engine.admit():
-        check_header(probe(data), limits)
+    header = probe(data)
+    check_header(header, limits)
+    # A header that does not tell its length may hold as much as is taken.
+    with runtime.engine.admit(header.duration_s or limits.max_audio_s) as ticket:
         clip = await _decode(runtime, data, deadline_s)
+        ticket.measure(clip.duration_s)
         decoded_s = time.monotonic()
         request = EngineRequest(
             id=request_id,
@@ -95,7 +98,12 @@ async def transcribe_upload(
         generate=result.generate_s,
         total=time.monotonic() - started_s,
     )
-    runtime.metrics.transcribed(clip.duration_s, result, asdict(timings))
+    stages_s = {
+        **asdict(timings),
+        "prefill": result.prefill_s,
+        "first_token": result.first_token_s,
+    }
+    runtime.metrics.transcribed(clip.duration_s, result, stages_s)
     return Transcription(result.text, result.language, clip.duration_s, timings)
 
 

@@ -41,7 +41,7 @@ class Runtime:
             settings: the server's options.
             engine: not started yet.
             metrics: shared with the engine.
-            on_failure: called when loading has failed, to end the process.
+            on_failure: called when loading has failed or the engine has died, to end the process.
         """
         self.settings = settings
         self.engine = engine
@@ -52,11 +52,12 @@ class Runtime:
         self._state: State = "loading"
         self._loading: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         metrics.watch(engine.stats, lambda: self.state == "ready")
 
     @property
     def state(self) -> State:
-        """Where in its life the process is; an engine that died counts as failed."""
+        """Where in its life the process is; an engine that does not run counts as failed."""
         if self._state == "ready" and not self.engine.stats().alive:
             return "failed"
         return self._state
@@ -97,11 +98,15 @@ class Runtime:
             _log.info("ready", extra=structured(model=self.settings.model, seconds=seconds))
             if self._state == "loading":
                 self._state = "ready"
+            self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        self._fail(await self.engine.failed())
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
         self._state = "failed"
-        _log.debug("loading failed", exc_info=error)
+        _log.debug("the model failed", exc_info=error)
         self._on_failure()
 
     def begin_drain(self) -> None:
@@ -118,6 +123,9 @@ class Runtime:
         self.begin_drain()
         if self._draining is not None:
             await self._draining
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait([self._watching])
         await self.engine.stop()
         await self.decode_pool.stop()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "SPEECHLLM_"
@@ -45,24 +45,48 @@ class Settings(BaseSettings):
         description="Longest decoding of one upload, seconds; its process is then ended.",
     )
 
-    max_batch_size: int = Field(16, ge=1, le=1024, description="Most clips in a batch.")
+    max_batch_size: int = Field(
+        32, ge=1, le=1024, description="Most clips that are decoded together."
+    )
     max_wait_ms: float = Field(
         0.0,
         ge=0,
         le=10_000,
-        description="Longest that the oldest request waits for its batch to fill, milliseconds; "
+        description="Longest that a request waits for others to start with it, milliseconds; "
         "0 takes what is there.",
     )
+    preferred_batch_sizes: str = Field(
+        "",
+        description="Numbers of clips, separated by commas; the largest that waits starts at once, "
+        "whatever the longest wait.",
+    )
     max_batch_audio_s: float = Field(
-        240.0, gt=0, description="Most seconds of audio in a batch, padding included."
+        240.0, gt=0, description="Most seconds of audio encoded together, padding included."
+    )
+    kv_cache_mib: int = Field(
+        0,
+        ge=0,
+        description="Memory for the keys and values of running clips, MiB; 0 takes 60 % of what "
+        "the weights leave on CUDA, and at most 2048 on a CPU.",
+    )
+    loop_guard: bool = Field(
+        True,
+        description="Decode a text that repeats itself again under a penalty, and cut it if that "
+        "does not help.",
     )
     max_queue_size: int = Field(
         128,
         ge=1,
         description="Most requests that may be decoding or waiting; more are refused with 429.",
     )
+    max_queue_audio_s: float = Field(
+        1800.0,
+        gt=0,
+        description="Most seconds of audio that may be decoding or waiting; more is refused with "
+        "429.",
+    )
     request_timeout_s: float = Field(
-        120.0, gt=0, description="From the upload's end until a waiting request gives up, seconds."
+        120.0, gt=0, description="From the upload's end until a request is given up, seconds."
     )
     drain_timeout_s: float = Field(
         30.0, ge=0, description="After SIGTERM, longest wait for requests in flight, seconds."
@@ -71,3 +95,22 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line that is written."
     )
+
+    @field_validator("preferred_batch_sizes")
+    @classmethod
+    def _check_sizes(cls, value: str) -> str:
+        if not all(size >= 1 for size in _sizes(value)):
+            raise ValueError(f"sizes are at least 1, got {value!r}")
+        return value
+
+    @property
+    def preferred_sizes(self) -> tuple[int, ...]:
+        """The preferred batch sizes as numbers."""
+        return _sizes(self.preferred_batch_sizes)
+
+
+def _sizes(value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"not whole numbers separated by commas: {value!r}") from error

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# An example's wall time says more of the machine's load than of the code.
+settings.register_profile("speechllm", deadline=None)
+settings.load_profile("speechllm")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -11,9 +11,9 @@ class Timings(BaseModel):
     """Seconds a request spent in each stage."""
 
     decode: float = Field(description="Waiting for a decoding process, and decoding.")
-    queue: float = Field(description="Waiting for a batch.")
-    encode: float = Field(description="Its batch's time from waveforms to encoder frames.")
-    generate: float = Field(description="Its batch's time from encoder frames to text.")
+    queue: float = Field(description="Waiting for its turn.")
+    encode: float = Field(description="Its batch's time from waveforms to audio embeddings.")
+    generate: float = Field(description="From its audio embeddings to its text.")
     total: float = Field(description="From the request's start to the answer, upload included.")
 
 

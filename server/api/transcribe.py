@@ -53,7 +53,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "No usable form or audio: empty, truncated, unreadable, NaN.",
         413: "Too many bytes or too many seconds.",
         415: "Not audio, or a codec, sample rate or channel count that is not taken.",
-        429: "Too many requests wait; come back after Retry-After seconds.",
+        429: "Too much waits already; come back after Retry-After seconds.",
         500: "The server failed on this request.",
         503: "Not ready yet, or shutting down.",
         504: "The request waited too long.",
@@ -95,8 +95,8 @@ async def _refuse_early(request: Request, runtime: Runtime) -> None:
     """Refuse before the upload is taken in, if nothing could be done with it."""
     try:
         runtime.require_ready()
-        with runtime.engine.admit():
-            pass  # a slot is free now; it is held only once the upload is here
+        with runtime.engine.admit(0.0):
+            pass  # there is room now; it is held only once the upload is here
     except ServerError:
         await discard_body(request, runtime.settings.max_upload_bytes)
         raise

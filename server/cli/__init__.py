@@ -7,6 +7,7 @@ import typer
 from server.cli import data
 from server.cli.evaluate import compare, evaluate
 from server.cli.info import info
+from server.cli.parity import parity
 from server.cli.serve import serve
 from server.cli.train import cache, train_app
 from server.cli.transcribe import transcribe
@@ -24,6 +25,7 @@ app.add_typer(train_app, name="train")
 app.command()(cache)
 app.command()(evaluate)
 app.command()(compare)
+app.command()(parity)
 app.command()(serve)
 app.command()(transcribe)
 app.command()(info)

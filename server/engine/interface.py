@@ -1,21 +1,44 @@
 """What the rest of the server knows of an engine, and an engine of its model.
 
-    admitted (a slot is held) -> decoded -> submitted: waiting -> batched -> done
+    admitted (a ticket is held) -> decoded -> submitted: waiting -> encoding -> prefill -> decoding
+    -> done
 
 All times are seconds on the monotonic clock.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from server.engine.decoding import GREEDY, Decoding, FinishReason, Token
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from server.engine.admission import Ticket
+
+EndReason = FinishReason | Literal["failed"]
+"""How a request left the engine; `failed`: it was refused, or the model failed on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A step of a growing answer.
+
+    Attributes:
+        text: that is new and final; empty while a character is incomplete.
+        token: that was generated, the end token included.
+        finish_reason: None while the answer goes on.
+    """
+
+    text: str
+    token: Token
+    finish_reason: FinishReason | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +51,9 @@ class EngineRequest:
         audio_s: its length, seconds.
         deadline_s: when its answer is no longer wanted; None for never.
         prompt: replaces the checkpoint's own.
+        decoding: how to choose its tokens.
+        on_piece: told of every token, on the event loop. An answer that somebody listens to is
+            not begun again when it loops.
     """
 
     id: str
@@ -35,6 +61,8 @@ class EngineRequest:
     audio_s: float
     deadline_s: float | None = None
     prompt: str | None = None
+    decoding: Decoding = GREEDY
+    on_piece: Callable[[Piece], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +72,28 @@ class EngineResult:
     Attributes:
         text: what was said; empty where nothing was.
         language: ISO 639-1 code, None where the model does not tell.
-        finish_reason: stop at the end of the text, length at the token cap.
-        tokens: generated, without the end token.
+        finish_reason: stop, length or loop.
+        token_ids: generated, without the end token.
         queue_s: from submission until its batch began.
-        encode_s: its batch's time from waveforms to encoder frames.
-        generate_s: its batch's time from encoder frames to text.
-        batch_size: clips in its batch.
+        encode_s: its batch's time from waveforms to audio embeddings.
+        prefill_s: its batch's time from audio embeddings to a filled KV slot.
+        generate_s: from its audio embeddings to its text, prefill included.
+        first_token_s: from submission to its first token.
+        batch_size: clips it was encoded with.
+        logprobs: of the tokens, natural logarithms; None where they were not asked for.
     """
 
     text: str
     language: str | None
-    finish_reason: str
-    tokens: int
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...]
     queue_s: float
     encode_s: float
+    prefill_s: float
     generate_s: float
+    first_token_s: float
     batch_size: int
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +102,77 @@ class EngineStats:
 
     Attributes:
         alive: it takes requests.
-        admitted: requests that hold a slot.
-        queued: submitted, and not yet in a batch.
-        running: in the running batch.
-        drain_rate: requests finished in a second of work; None before the first batch.
+        admitted: requests that hold a ticket.
+        admitted_audio_s: their audio, seconds.
+        queued: submitted, and not yet started.
+        running: started, and not yet done.
+        slots: that there are for running requests.
+        kv_cache_bytes: memory of these.
+        rtfx: seconds of audio finished in a second of work; None before the first.
     """
 
     alive: bool
     admitted: int
+    admitted_audio_s: float
     queued: int
     running: int
-    drain_rate: float | None
+    slots: int
+    kv_cache_bytes: int
+    rtfx: float | None
 
 
 @dataclass(frozen=True, slots=True)
-class BatchReport:
-    """One batch that has run.
+class StartReport:
+    """Seconds that starting some sequences took: up to audio embeddings, and prefilling."""
+
+    encode_s: float
+    prefill_s: float
+
+
+@dataclass(slots=True)
+class IterationReport:
+    """One iteration of the engine.
 
     Attributes:
-        clips: in it.
+        start_sizes: clips of each batch that was started.
         audio_s: their length together.
-        padded_audio_s: what the device worked on: clips times the longest.
-        busy_s: time the device took.
-        failed: the batch raised; its clips are tried one by one.
+        padded_audio_s: what the encoder worked on: clips times the longest.
+        encode_s: up to their audio embeddings.
+        prefill_s: from there to filled KV slots.
+        decoded_rows: sequences in the decode step; 0 without one.
+        decode_s: time of that step.
+        failures: calls into the model that raised.
+        retries: answers that looped and were begun again.
+        busy_s: time that the device worked.
+        ended: how many requests left since the last report, by how.
     """
 
-    clips: int
-    audio_s: float
-    padded_audio_s: float
-    busy_s: float
-    failed: bool
+    start_sizes: list[int] = field(default_factory=list)
+    audio_s: float = 0.0
+    padded_audio_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    decoded_rows: int = 0
+    decode_s: float = 0.0
+    failures: int = 0
+    retries: int = 0
+    busy_s: float = 0.0
+    ended: Mapping[EndReason, int] = field(default_factory=dict)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the device did anything."""
+        return bool(self.start_sizes or self.decoded_rows or self.failures)
+
+    def add_start(
+        self, *, clips: int, audio_s: float, padded_audio_s: float, report: StartReport
+    ) -> None:
+        """Count a started batch."""
+        self.start_sizes.append(clips)
+        self.audio_s += audio_s
+        self.padded_audio_s += padded_audio_s
+        self.encode_s += report.encode_s
+        self.prefill_s += report.prefill_s
 
 
 class Engine(Protocol):
@@ -110,21 +185,25 @@ class Engine(Protocol):
     async def start(self) -> None:
         """Load and warm up; the loop stays free meanwhile."""
 
-    def admit(self) -> AbstractContextManager[None]:
-        """Hold a slot for a request, from before its decoding until its answer.
+    def admit(self, audio_s: float) -> AbstractContextManager[Ticket]:
+        """Hold a ticket for a request, from before its decoding until its answer.
+
+        Args:
+            audio_s: its length as its header claims it, or the longest there may be.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: as many wait as may, or as much audio.
             ShuttingDownError: the engine drains.
         """
 
     async def submit(self, request: EngineRequest) -> EngineResult:
-        """Transcribe a clip; cancelled, it leaves the queue.
+        """Transcribe a clip; cancelled, it leaves the queue or its slot within one step.
 
         Raises:
-            DeadlineExceededError: it still waited at its deadline.
-            InferenceFailedError: the model failed on this clip alone.
-            ShuttingDownError: the engine stopped before its turn.
+            DeadlineExceededError: it was not done at its deadline.
+            InferenceFailedError: the model failed on this clip alone, or the engine died.
+            InvalidRequestError: its prompt is too long.
+            ShuttingDownError: the engine stopped before it was done.
         """
 
     async def drain(self, timeout_s: float) -> None:
@@ -133,40 +212,89 @@ class Engine(Protocol):
     async def stop(self) -> None:
         """End at once and free the device."""
 
+    async def failed(self) -> Exception:
+        """Wait until the engine has died for good, and return why."""
+
     def stats(self) -> EngineStats:
         """Return what is where."""
 
 
 @dataclass(frozen=True, slots=True)
-class BackendTranscript:
-    """One clip's answer from the model."""
+class Plan:
+    """A clip's sequence, laid out.
 
-    text: str
-    language: str | None
-    finish_reason: str
-    tokens: int
+    Attributes:
+        waveform: (N,) float32, mono, 16 kHz.
+        input_ids: of its prompt, audio positions included.
+        max_tokens: cap of the answer.
+        decoding: how to choose its tokens.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class BackendBatch:
-    """A batch's answers, in order, and the seconds its two halves took."""
-
-    transcripts: list[BackendTranscript]
-    encode_s: float
-    generate_s: float
+    waveform: NDArray[np.float32]
+    input_ids: tuple[int, ...]
+    max_tokens: int
+    decoding: Decoding
 
 
-class Backend(Protocol):
-    """The model on its device. Called from one thread only."""
+class Runner(Protocol):
+    """The model on its device, with slots for running sequences. Called from one thread only.
+
+    Sequences run in rows 0 to n - 1, in the order in which they were started.
+    """
 
     @property
     def max_audio_s(self) -> float:
         """Longest clip, seconds."""
 
+    @property
+    def window_s(self) -> float:
+        """What the encoder pads every clip to, seconds; 0 where it does not."""
+
+    @property
+    def n_slots(self) -> int:
+        """Sequences that can run together."""
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory of all slots."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+
+    def plan(self, waveform: NDArray[np.float32], prompt: str | None, decoding: Decoding) -> Plan:
+        """Lay out a clip's sequence.
+
+        Raises:
+            InvalidRequestError: it does not fit into a slot.
+        """
+
+    def start(self, plans: Sequence[Plan]) -> StartReport:
+        """Encode and prefill into the next free rows; a failure leaves the rows as they were."""
+
+    def step(self, rows: slice) -> list[Token | None]:
+        """Give each of `rows` its next token; None where the model's output is not finite.
+
+        A failure leaves the rows as they were.
+        """
+
+    def restart(self, row: int, repetition_penalty: float) -> None:
+        """Begin a row's answer again, under at least this repetition penalty."""
+
+    def release(self, row: int, *, failed: bool = False) -> None:
+        """Free a row; the last one takes its place."""
+
+    def recover(self) -> None:
+        """Free what a failed call may have left behind."""
+
+    def probe(self) -> None:
+        """Find out, in a free row, whether the device still works; raises if it does not."""
+
     def warm_up(self) -> None:
         """Run once, so that the first request pays for nothing but itself."""
 
-    def transcribe(
-        self, waveforms: Sequence[NDArray[np.float32]], prompt: str | None
-    ) -> BackendBatch:
-        """Transcribe mono 16 kHz clips, each (N_i,) float32, in one batch."""
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of an answer."""
+
+    def language(self, text: str) -> str | None:
+        """ISO 639-1 code of a text, None where the model does not tell."""

@@ -1,40 +1,66 @@
-"""Which waiting requests form the next batch, and when. Pure: no clock, no tensors, no asyncio."""
+"""What the engine does next: pure policy, without clock, tensors or asyncio.
+
+An iteration starts some of the waiting requests beside those that run already. Their order is that
+of *turns*: a request's turn comes when it arrived, later by what its length cedes to shorter ones,
+but early enough for its deadline. So a short clip overtakes a long one that came a little before
+it, and nothing that arrives later than that can overtake: no clip starves.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+CEDED_S_PER_AUDIO_S = 0.2
+"""How much later a clip's turn comes for each second that it is long: 6 s for the longest."""
+
 
 @dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """What a batch may be.
+class ScheduleLimits:
+    """What an iteration may start. The first three have the meaning that they have in Triton.
 
     Attributes:
-        max_batch_size: most clips.
-        max_batch_audio_s: most seconds of audio, padding included; a longer clip goes alone.
-        max_wait_s: longest that the oldest request waits for its batch to fill, as Triton's
-            max_queue_delay; 0 takes what is there.
+        max_batch_size: most requests that run together.
+        max_wait_s: longest that a request waits for others to start with it; 0 takes what is there.
+        preferred_batch_sizes: sizes of which the largest that can be formed is started at once.
+        max_batch_audio_s: most seconds of audio encoded together, padding included; a longer clip
+            goes alone.
+        window_s: what the encoder pads every clip to at least, seconds.
     """
 
     max_batch_size: int
-    max_batch_audio_s: float
-    max_wait_s: float
+    max_wait_s: float = 0.0
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_batch_audio_s: float = 240.0
+    window_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request in the queue, as the scheduler sees it. Times are seconds on one clock."""
+    """A request that has not started. Times are seconds on one clock."""
 
     id: int
     arrived_s: float
     audio_s: float
     deadline_s: float | None = None
-    prompt: str | None = None
+
+    @property
+    def turn_s(self) -> float:
+        """When its turn comes; those whose turn is earlier go first."""
+        ceded_s = CEDED_S_PER_AUDIO_S * self.audio_s
+        turn_s = self.arrived_s + ceded_s
+        return turn_s if self.deadline_s is None else min(turn_s, self.deadline_s - ceded_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A request that has started."""
+
+    id: int
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,85 +68,81 @@ class Decision:
     """What to do now.
 
     Attributes:
-        batch: ids to run at once, in order of arrival; empty for none.
-        expired: ids whose deadline has passed.
-        wake_s: when to decide again if nothing arrives; None for not before an arrival.
+        start: ids of waiting requests to encode and prefill together, shortest first.
+        expired: ids, waiting or running, whose deadline has passed.
+        wake_s: when to decide again if nothing else happens; None for not before something does.
     """
 
-    batch: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
     expired: tuple[int, ...] = ()
     wake_s: float | None = None
 
 
-def decide(queue: Sequence[Waiting], now_s: float, limits: BatchLimits) -> Decision:
-    """Choose the next batch.
+def decide(
+    waiting: Sequence[Waiting],
+    running: Sequence[Running],
+    now_s: float,
+    limits: ScheduleLimits,
+) -> Decision:
+    """Choose what starts and what is given up.
 
-    The oldest live request always belongs to it, so none starves; younger ones join in order of
-    arrival while they share its prompt and the limits hold, and one too long for this batch does
-    not hold up shorter ones behind it.
+    The request whose turn is first belongs to every batch that starts; others join in the order of
+    their turns while the limits hold, and one too long for this batch lets shorter ones pass.
 
     Args:
-        queue: what waits, in order of arrival.
+        waiting: what has not started, in any order.
+        running: what has; each holds one of `max_batch_size` places until it ends.
         now_s: the time.
-        limits: of a batch.
+        limits: of an iteration.
     """
-    expired = tuple(w.id for w in queue if w.deadline_s is not None and w.deadline_s <= now_s)
-    live = [w for w in queue if w.deadline_s is None or w.deadline_s > now_s]
-    if not live:
-        return Decision(expired=expired)
-    batch, is_full = _fill(live, limits)
-    closes_s = live[0].arrived_s + limits.max_wait_s
-    if is_full or now_s >= closes_s:
-        return Decision(batch=tuple(w.id for w in batch), expired=expired)
-    wake_s = min([closes_s, *(w.deadline_s for w in live if w.deadline_s is not None)])
-    return Decision(expired=expired, wake_s=wake_s)
+    requests: list[Waiting | Running] = [*waiting, *running]
+    expired = tuple(each.id for each in requests if _is_late(each, now_s))
+    live = [each for each in waiting if not _is_late(each, now_s)]
+    n_running = sum(not _is_late(each, now_s) for each in running)
+    room = limits.max_batch_size - n_running
+    if not live or room <= 0:
+        return Decision(expired=expired, wake_s=_next_deadline_s(live))
+    in_turn = sorted(live, key=lambda each: (each.turn_s, each.id))
+    batch, is_full = _fill(in_turn, room, limits)
+    closes_s = min(each.arrived_s for each in live) + limits.max_wait_s
+    size = _size_to_start(len(batch), limits, may_wait=now_s < closes_s and not is_full)
+    if not size:
+        wake_s = min(closes_s, _next_deadline_s(live) or closes_s)
+        return Decision(expired=expired, wake_s=wake_s)
+    chosen = sorted(batch[:size], key=lambda each: each.audio_s)
+    return Decision(start=tuple(each.id for each in chosen), expired=expired)
 
 
-def _fill(live: Sequence[Waiting], limits: BatchLimits) -> tuple[list[Waiting], bool]:
-    """Gather the oldest request's batch; full means that waiting longer cannot be asked of it."""
-    batch = [live[0]]
-    longest_s = live[0].audio_s
-    is_full = limits.max_batch_size == 1 or longest_s >= limits.max_batch_audio_s
-    for candidate in live[1:]:
-        if len(batch) == limits.max_batch_size:
-            return batch, True
-        if candidate.prompt != live[0].prompt:
-            continue
+def _is_late(request: Waiting | Running, now_s: float) -> bool:
+    return request.deadline_s is not None and request.deadline_s <= now_s
+
+
+def _next_deadline_s(live: Sequence[Waiting]) -> float | None:
+    return min((each.deadline_s for each in live if each.deadline_s is not None), default=None)
+
+
+def _fill(
+    in_turn: Sequence[Waiting], room: int, limits: ScheduleLimits
+) -> tuple[list[Waiting], bool]:
+    """Gather the first request's batch; full means that waiting could not add to it."""
+    batch = [in_turn[0]]
+    longest_s = max(in_turn[0].audio_s, limits.window_s)
+    is_full = longest_s >= limits.max_batch_audio_s
+    for candidate in in_turn[1:]:
+        if len(batch) == room:
+            break
         padded_s = max(longest_s, candidate.audio_s) * (len(batch) + 1)
         if padded_s > limits.max_batch_audio_s:
             is_full = True
             continue
         batch.append(candidate)
         longest_s = max(longest_s, candidate.audio_s)
-    return batch, is_full or len(batch) == limits.max_batch_size
+    return batch, is_full or len(batch) == room
 
 
-class DrainRate:
-    """How many requests a second of work finishes, averaged over the latest batches."""
-
-    _SMOOTHING = 0.2  # weight of the newest batch
-    _MIN_RETRY_S = 1.0
-    _MAX_RETRY_S = 60.0
-
-    def __init__(self) -> None:
-        """Begin without a measurement."""
-        self._seconds_per_request: float | None = None
-
-    def record(self, requests: int, busy_s: float) -> None:
-        """Count a finished batch."""
-        latest = busy_s / requests
-        known = self._seconds_per_request
-        self._seconds_per_request = (
-            latest if known is None else known + self._SMOOTHING * (latest - known)
-        )
-
-    @property
-    def requests_per_s(self) -> float | None:
-        """None before the first batch."""
-        known = self._seconds_per_request
-        return 1 / known if known else None
-
-    def retry_after_s(self, waiting: int) -> float:
-        """Whole seconds until `waiting` requests are done, from 1 to 60."""
-        estimate = math.ceil(waiting * (self._seconds_per_request or 0.0))
-        return min(self._MAX_RETRY_S, max(self._MIN_RETRY_S, estimate))
+def _size_to_start(available: int, limits: ScheduleLimits, *, may_wait: bool) -> int:
+    """The largest preferred size that can be formed; else all or, while one may wait, none."""
+    preferred = [size for size in limits.preferred_batch_sizes if size <= available]
+    if preferred:
+        return max(preferred)
+    return 0 if may_wait else available

@@ -13,6 +13,7 @@ from model.transcription import Transcriber
 from server.app import create_app
 from server.audio.decode import decode
 from server.audio.limits import AudioLimits
+from server.engine.admission import Admission
 from server.engine.interface import EngineResult, EngineStats
 from server.errors import QueueFullError
 from server.settings import Settings
@@ -202,7 +203,7 @@ async def test_metrics_count_what_was_done_by_bounded_labels(client):
     assert 'speechllm_requests_total{endpoint="/transcribe",method="POST",status="200"}' in text
     assert 'endpoint="unmatched"' in text
     assert "nobody" not in text
-    for stage in ("decode", "queue", "encode", "generate", "total"):
+    for stage in ("decode", "queue", "encode", "prefill", "first_token", "generate", "total"):
         assert f'speechllm_stage_seconds_count{{stage="{stage}"}}' in text
 
 
@@ -237,6 +238,8 @@ class HeldEngine:
         self.refusal = None
         self.failure = None
         self.cancelled = 0
+        self.is_alive = True
+        self.death = asyncio.get_running_loop().create_future()
 
     async def start(self):
         await self.may_start.wait()
@@ -244,10 +247,10 @@ class HeldEngine:
             raise self.failure
 
     @contextlib.contextmanager
-    def admit(self):
+    def admit(self, audio_s):
         if self.refusal is not None:
             raise self.refusal
-        yield
+        yield Admission(max_requests=1, max_audio_s=60.0).take(audio_s)
 
     async def submit(self, request):
         self.submitted.set()
@@ -258,7 +261,7 @@ class HeldEngine:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return EngineResult("held", None, "stop", 1, 0.0, 0.0, 0.0, 1)
+        return EngineResult("held", None, "stop", (5,), 0.0, 0.0, 0.0, 0.0, 0.0, 1)
 
     async def drain(self, timeout_s):
         pass
@@ -266,8 +269,14 @@ class HeldEngine:
     async def stop(self):
         pass
 
+    async def failed(self):
+        return await self.death
+
     def stats(self):
-        return EngineStats(alive=True, admitted=0, queued=0, running=0, drain_rate=None)
+        return EngineStats(
+            alive=self.is_alive, admitted=0, admitted_audio_s=0.0, queued=0, running=0, slots=1,
+            kv_cache_bytes=0, rtfx=None,
+        )  # fmt: skip
 
 
 @pytest.fixture
@@ -335,3 +344,46 @@ async def test_a_model_that_cannot_be_loaded_ends_the_process():
         await asyncio.wait_for(failed.wait(), 30)
         assert app.state.runtime.state == "failed"
     assert str(app.state.runtime.failure) == "no such checkpoint"
+
+
+async def test_a_dead_engine_turns_readiness_off_until_it_runs_again(held):
+    engine, client = held
+    engine.may_start.set()
+    await until_ready(client)
+    engine.is_alive = False
+    response = await client.get("/health/ready")
+    assert (response.status_code, response.json()["status"]) == (503, "failed")
+    refused = await client.post("/transcribe", **upload(encode(tone(0.1))))
+    assert (refused.status_code, error_of(refused)["code"]) == (503, "not_ready")
+    engine.is_alive = True
+    assert (await client.get("/health/ready")).status_code == 200
+
+
+async def test_an_engine_that_has_died_for_good_ends_the_process():
+    engine = HeldEngine()
+    engine.may_start.set()
+    failed = asyncio.Event()
+    app = create_app(Settings(decode_workers=1), engine, on_failure=failed.set)
+    async with app.router.lifespan_context(app):
+        engine.death.set_result(RuntimeError("the device is gone"))
+        await asyncio.wait_for(failed.wait(), 30)
+        assert app.state.runtime.state == "failed"
+    assert str(app.state.runtime.failure) == "the device is gone"
+
+
+async def test_much_audio_at_once_is_refused_with_429_before_it_is_decoded(settings):
+    crowded = settings.model_copy(
+        update={"max_queue_audio_s": 5.0, "max_batch_size": 1, "max_wait_ms": 0.0}
+    )
+    async with serving(crowded) as client:
+        await until_ready(client)
+        clip = encode(np.random.default_rng(0).normal(0, 0.2, 4 * 16_000).clip(-1, 1))
+        responses = await asyncio.gather(
+            *(client.post("/transcribe", **upload(clip)) for _ in range(8))
+        )
+        statuses = [response.status_code for response in responses]
+        assert set(statuses) == {200, 429}
+        refused = next(r for r in responses if r.status_code == 429)
+        assert error_of(refused)["code"] == "queue_full"
+        assert "s of audio are waiting" in error_of(refused)["message"]
+        assert int(refused.headers["retry-after"]) >= 1

@@ -1,42 +1,71 @@
 import pytest
 
-from server.engine.interface import BatchReport, EngineResult, EngineStats
+from server.engine.interface import EngineResult, EngineStats, IterationReport, StartReport
 from server.metrics import Metrics
 
 
 def result(text="hello", finish_reason="stop"):
-    return EngineResult(text, "en", finish_reason, 3, 0.1, 0.2, 0.3, 1)
+    return EngineResult(
+        text,
+        "en",
+        finish_reason,
+        token_ids=(5, 6, 7),
+        queue_s=0.1,
+        encode_s=0.2,
+        prefill_s=0.1,
+        generate_s=0.3,
+        first_token_s=0.4,
+        batch_size=1,
+    )
 
 
 def sample(metrics, name, **labels):
     return metrics.registry.get_sample_value(name, labels)
 
 
-def test_a_batch_counts_audio_padding_and_device_time():
+def test_an_iteration_counts_audio_padding_and_device_time():
     metrics = Metrics()
-    metrics.batch_ran(BatchReport(3, audio_s=6.0, padded_audio_s=9.0, busy_s=0.5, failed=False))
+    report = IterationReport(decoded_rows=5, decode_s=0.1, busy_s=0.5)
+    report.add_start(
+        clips=3, audio_s=6.0, padded_audio_s=9.0, report=StartReport(encode_s=0.3, prefill_s=0.1)
+    )
+    metrics.iterated(report)
     assert sample(metrics, "speechllm_audio_seconds_total") == 6.0
     assert sample(metrics, "speechllm_padding_seconds_total") == 3.0
     assert sample(metrics, "speechllm_device_busy_seconds_total") == 0.5
     assert sample(metrics, "speechllm_batch_size_sum") == 3
+    assert sample(metrics, "speechllm_decode_batch_size_sum") == 5
+    for part, seconds in (("encode", 0.3), ("prefill", 0.1), ("decode", 0.1)):
+        assert sample(metrics, "speechllm_iteration_seconds_sum", part=part) == seconds
 
 
-def test_a_failed_batch_counts_no_audio():
+def test_an_iteration_counts_failures_retries_and_who_left():
     metrics = Metrics()
-    metrics.batch_ran(BatchReport(1, audio_s=6.0, padded_audio_s=6.0, busy_s=0.5, failed=True))
-    assert sample(metrics, "speechllm_batch_failures_total") == 1
+    metrics.iterated(
+        IterationReport(failures=2, retries=1, busy_s=0.1, ended={"stop": 2, "cancelled": 1})
+    )
+    assert sample(metrics, "speechllm_batch_failures_total") == 2
+    assert sample(metrics, "speechllm_loop_retries_total") == 1
+    assert sample(metrics, "speechllm_engine_requests_total", reason="stop") == 2
+    assert sample(metrics, "speechllm_engine_requests_total", reason="cancelled") == 1
     assert sample(metrics, "speechllm_audio_seconds_total") == 0
 
 
 @pytest.mark.parametrize(
     ("text", "finish_reason", "outcome"),
-    [("hi", "stop", "stop"), ("hi", "length", "length"), ("", "stop", "empty")],
+    [
+        ("hi", "stop", "stop"),
+        ("hi", "length", "length"),
+        ("hi", "loop", "loop"),
+        ("", "stop", "empty"),
+    ],
 )
 def test_a_transcript_counts_by_how_it_ended(text, finish_reason, outcome):
     metrics = Metrics()
     metrics.transcribed(2.0, result(text, finish_reason), {"decode": 0.01, "total": 0.2})
     assert sample(metrics, "speechllm_transcripts_total", outcome=outcome) == 1
     assert sample(metrics, "speechllm_stage_seconds_sum", stage="decode") == 0.01
+    assert sample(metrics, "speechllm_generated_tokens_total") == 3
 
 
 def test_unknown_methods_share_one_label():
@@ -51,10 +80,23 @@ def test_unknown_methods_share_one_label():
 
 def test_gauges_show_the_engine_as_it_is_when_scraped():
     metrics = Metrics()
-    stats = EngineStats(alive=True, admitted=5, queued=3, running=2, drain_rate=None)
+    stats = EngineStats(
+        alive=True,
+        admitted=5,
+        admitted_audio_s=20.5,
+        queued=3,
+        running=2,
+        slots=8,
+        kv_cache_bytes=2**20,
+        rtfx=None,
+    )
     metrics.watch(lambda: stats, lambda: True)
     assert sample(metrics, "speechllm_requests_waiting") == 3
     assert sample(metrics, "speechllm_ready") == 1
+    assert sample(metrics, "speechllm_admitted_audio_seconds") == 20.5
+    assert sample(metrics, "speechllm_kv_slots") == 8
+    assert sample(metrics, "speechllm_kv_cache_bytes") == 2**20
+    assert sample(metrics, "speechllm_drain_rtfx") == 0
     assert b"speechllm_requests_admitted 5.0" in metrics.render()
 
 

@@ -16,11 +16,20 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", 70_000), ("max_batch_size", 0), ("max_wait_ms", -1), ("dtype", "int3"), ("nope", 1)],
-)
+    [
+        ("port", 70_000), ("max_batch_size", 0), ("max_wait_ms", -1), ("dtype", "int3"),
+        ("kv_cache_mib", -1), ("max_queue_audio_s", 0), ("preferred_batch_sizes", "4,0"),
+        ("preferred_batch_sizes", "four"), ("nope", 1),
+    ],
+)  # fmt: skip
 def test_a_value_out_of_bounds_is_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})
+
+
+def test_preferred_batch_sizes_are_numbers_between_commas():
+    assert Settings(preferred_batch_sizes="4, 8,16").preferred_sizes == (4, 8, 16)
+    assert Settings().preferred_sizes == ()
 
 
 def test_every_field_says_what_it_is():

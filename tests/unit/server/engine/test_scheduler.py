@@ -1,127 +1,231 @@
-import itertools
+"""The policy, by examples and by simulation under arbitrary loads."""
+
+from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.scheduler import BatchLimits, DrainRate, Waiting, decide
+from server.engine.scheduler import (
+    CEDED_S_PER_AUDIO_S,
+    Running,
+    ScheduleLimits,
+    Waiting,
+    decide,
+)
 
-NO_WAIT = BatchLimits(max_batch_size=4, max_batch_audio_s=60.0, max_wait_s=0.0)
-WAIT = BatchLimits(max_batch_size=4, max_batch_audio_s=60.0, max_wait_s=0.1)
+NO_WAIT = ScheduleLimits(max_batch_size=4, max_batch_audio_s=60.0)
+WAIT = ScheduleLimits(max_batch_size=4, max_batch_audio_s=60.0, max_wait_s=0.1)
+LONGEST_S = 40.0
 
 
 def queue_of(*audio_s, arrived_s=0.0, **fields):
     return [Waiting(i, arrived_s, length_s, **fields) for i, length_s in enumerate(audio_s)]
 
 
-def test_an_empty_queue_waits_for_an_arrival():
-    decision = decide([], 0.0, WAIT)
-    assert (decision.batch, decision.expired, decision.wake_s) == ((), (), None)
+def running(count):
+    return [Running(1000 + i) for i in range(count)]
 
 
-def test_without_a_wait_the_batch_is_what_is_there():
-    assert decide(queue_of(1, 2), 0.0, NO_WAIT).batch == (0, 1)
+def test_with_nothing_to_do_nothing_is_planned():
+    decision = decide([], [], 0.0, WAIT)
+    assert (decision.start, decision.expired, decision.wake_s) == ((), (), None)
 
 
-def test_batch_waits_to_fill_until_the_oldest_reaches_max_wait():
+def test_without_a_wait_what_is_there_starts_shortest_first():
+    assert decide(queue_of(2, 1, 3), [], 0.0, NO_WAIT).start == (1, 0, 2)
+
+
+def test_what_runs_leaves_that_much_less_room():
+    assert decide(queue_of(1, 1, 1), running(2), 0.0, NO_WAIT).start == (0, 1)
+    assert decide(queue_of(1, 1, 1), running(4), 0.0, NO_WAIT).start == ()
+
+
+def test_a_short_clip_overtakes_a_long_one_that_came_a_little_before():
+    one = ScheduleLimits(max_batch_size=1)
+    long, short = Waiting(0, 0.0, 30.0), Waiting(1, 1.0, 2.0)
+    assert decide([long, short], [], 1.0, one).start == (1,)
+
+
+def test_a_long_clip_that_has_waited_goes_before_a_short_one():
+    one = ScheduleLimits(max_batch_size=1)
+    long, short = Waiting(0, 0.0, 30.0), Waiting(1, 30.0 * CEDED_S_PER_AUDIO_S + 0.1, 0.0)
+    assert decide([long, short], [], 7.0, one).start == (0,)
+
+
+def test_a_near_deadline_goes_first():
+    one = ScheduleLimits(max_batch_size=1)
+    patient, pressed = Waiting(0, 0.0, 10.0), Waiting(1, 1.0, 10.0, deadline_s=3.5)
+    assert decide([patient, pressed], [], 1.0, one).start == (1,)
+
+
+def test_a_batch_waits_to_fill_until_its_oldest_has_waited_enough():
     queue = queue_of(1, arrived_s=5.0)
-    assert decide(queue, 5.05, WAIT).batch == ()
-    assert decide(queue, 5.05, WAIT).wake_s == pytest.approx(5.1)
-    assert decide(queue, 5.1, WAIT).batch == (0,)
+    assert decide(queue, [], 5.05, WAIT).start == ()
+    assert decide(queue, [], 5.05, WAIT).wake_s == pytest.approx(5.1)
+    assert decide(queue, [], 5.1, WAIT).start == (0,)
 
 
-def test_batch_closes_at_once_when_it_is_full():
-    assert decide(queue_of(1, 1, 1, 1, 1), 0.0, WAIT).batch == (0, 1, 2, 3)
+def test_a_batch_that_fills_the_room_does_not_wait():
+    assert decide(queue_of(1, 1, 1, 1, 1), [], 0.0, WAIT).start == (0, 1, 2, 3)
+    assert decide(queue_of(1, 1), running(2), 0.0, WAIT).start == (0, 1)
 
 
-def test_batch_is_bounded_by_padded_audio():
+def test_the_largest_preferred_size_starts_without_a_wait_and_the_rest_waits():
+    limits = ScheduleLimits(max_batch_size=8, max_wait_s=0.1, preferred_batch_sizes=(2, 4))
+    assert decide(queue_of(1), [], 0.0, limits).start == ()
+    assert decide(queue_of(1, 1, 1), [], 0.0, limits).start == (0, 1)
+    assert decide(queue_of(*[1] * 7), [], 0.0, limits).start == (0, 1, 2, 3)
+    assert decide(queue_of(1), [], 0.1, limits).start == (0,)
+
+
+def test_a_batch_is_bounded_by_padded_audio():
     # 25 s twice are 50 s; a third clip, however short, would be padded to 75 s.
-    assert decide(queue_of(25, 1, 1), 0.0, NO_WAIT).batch == (0, 1)
+    limits = ScheduleLimits(max_batch_size=4, max_batch_audio_s=60.0)
+    assert set(decide(queue_of(25, 24, 24), [], 100.0, limits).start) == {1, 2}
+
+
+def test_a_window_that_every_clip_is_padded_to_counts():
+    limits = ScheduleLimits(max_batch_size=8, max_batch_audio_s=60.0, window_s=30.0)
+    assert len(decide(queue_of(*[1] * 5), [], 0.0, limits).start) == 2
 
 
 def test_a_clip_too_long_for_the_batch_lets_shorter_ones_pass_and_goes_next():
     queue = queue_of(2, 31, 2)
-    assert decide(queue, 0.0, NO_WAIT).batch == (0, 2)
-    assert decide([queue[1]], 0.0, NO_WAIT).batch == (1,)
+    assert decide(queue, [], 100.0, NO_WAIT).start == (0, 2)
+    assert decide([queue[1]], [], 100.0, NO_WAIT).start == (1,)
 
 
-def test_a_clip_longer_than_the_budget_goes_alone():
-    assert decide(queue_of(90, 1), 0.0, WAIT).batch == (0,)
+def test_a_clip_longer_than_the_budget_goes_alone_and_at_once():
+    assert decide(queue_of(90), [], 0.0, WAIT).start == (0,)
 
 
-def test_only_requests_with_the_same_prompt_share_a_batch():
-    queue = [Waiting(0, 0, 1), Waiting(1, 0, 1, prompt="what?"), Waiting(2, 0, 1)]
-    assert decide(queue, 0.0, NO_WAIT).batch == (0, 2)
-
-
-def test_expired_requests_are_named_and_never_batched():
+def test_what_is_late_is_given_up_whether_it_waits_or_runs():
     queue = [Waiting(0, 0, 1, deadline_s=1.0), Waiting(1, 0, 1, deadline_s=2.0)]
-    decision = decide(queue, 1.0, NO_WAIT)
-    assert (decision.expired, decision.batch) == ((0,), (1,))
+    slots = [Running(2, deadline_s=0.5), Running(3, deadline_s=3.0)]
+    one = ScheduleLimits(max_batch_size=2)
+    decision = decide(queue, slots, 1.0, one)
+    assert (decision.expired, decision.start) == ((0, 2), (1,))
 
 
 def test_the_scheduler_wakes_for_a_deadline_within_the_wait():
-    assert decide(queue_of(1, deadline_s=0.04), 0.0, WAIT).wake_s == 0.04
+    assert decide(queue_of(1, deadline_s=0.04), [], 0.0, WAIT).wake_s == 0.04
 
 
-requests = st.builds(
-    lambda arrived, audio, patience, prompt: (arrived, audio, patience, prompt),
-    st.floats(0, 10),
-    st.floats(0.01, 40),
-    st.none() | st.floats(0, 5),
-    st.sampled_from([None, "a", "b"]),
+clips = st.tuples(
+    st.floats(0, 10),  # arrival
+    st.floats(0.01, LONGEST_S),
+    st.none() | st.floats(0.01, 20),  # patience
+    st.integers(1, 6),  # iterations that it runs
 )
-limits = st.builds(BatchLimits, st.integers(1, 8), st.floats(1, 100), st.floats(0, 2))
+limits_of_any_kind = st.builds(
+    ScheduleLimits,
+    max_batch_size=st.integers(1, 8),
+    max_wait_s=st.sampled_from([0.0, 0.5, 2.0]),
+    preferred_batch_sizes=st.lists(st.integers(1, 8), max_size=2).map(tuple),
+    max_batch_audio_s=st.floats(1, 100),
+    window_s=st.sampled_from([0.0, 30.0]),
+)
 
 
-@given(st.lists(requests, max_size=30), limits, st.floats(0, 20))
-def test_every_decision_respects_the_limits(drawn, limits, now_s):
-    queue = [
-        Waiting(i, arrived, audio, None if patience is None else arrived + patience, prompt)
-        for i, (arrived, audio, patience, prompt) in enumerate(sorted(drawn, key=lambda d: d[0]))
+@dataclass
+class Simulation:
+    """An engine without a model: what starts runs for its number of iterations."""
+
+    limits: ScheduleLimits
+    iteration_s: float = 0.1
+    now_s: float = 0.0
+    waiting: list = field(default_factory=list)
+    running: dict = field(default_factory=dict)
+    left: list = field(default_factory=list)
+    starts: list = field(default_factory=list)
+
+    def iterate(self, lengths):
+        decision = decide(
+            self.waiting,
+            [Running(key, deadline) for key, (deadline, _) in self.running.items()],
+            self.now_s,
+            self.limits,
+        )
+        self.check(decision)
+        was_idle = not self.running
+        for key in decision.expired:
+            self.running.pop(key, None)
+            self.left.append(key)
+        deadlines = {each.id: each.deadline_s for each in self.waiting}
+        for key in decision.start:
+            self.running[key] = (deadlines[key], lengths[key])
+            self.starts.append(key)
+        gone = {*decision.start, *decision.expired}
+        self.waiting = [each for each in self.waiting if each.id not in gone]
+        for key, (deadline, steps) in list(self.running.items()):
+            self.running[key] = (deadline, steps - 1)
+            if steps == 1:
+                del self.running[key]
+                self.left.append(key)
+        if was_idle and self.waiting and not gone:
+            assert decision.wake_s > self.now_s, "the clock would stand still"
+            self.now_s = decision.wake_s
+        else:
+            self.now_s += self.iteration_s
+
+    def check(self, decision):
+        by_id = {each.id: each for each in self.waiting}
+        batch = [by_id[key] for key in decision.start]
+        late = {
+            each.id
+            for each in self.waiting
+            if each.deadline_s is not None and each.deadline_s <= self.now_s
+        }
+        late |= {k for k, (d, _) in self.running.items() if d is not None and d <= self.now_s}
+        assert set(decision.expired) == late
+        assert len(decision.expired) == len(late)
+        assert not late & set(decision.start)
+        kept = len(self.running) - len(late & set(self.running))
+        assert len(set(decision.start)) == len(batch) <= self.limits.max_batch_size - kept
+        assert [each.audio_s for each in batch] == sorted(each.audio_s for each in batch)
+        if len(batch) > 1:
+            longest = max(self.limits.window_s, *(each.audio_s for each in batch))
+            assert len(batch) * longest <= self.limits.max_batch_audio_s
+        live = [each for each in self.waiting if each.id not in late]
+        if batch:
+            first = min(live, key=lambda each: (each.turn_s, each.id))
+            assert first in batch
+
+
+@given(st.lists(clips, max_size=25), limits_of_any_kind)
+def test_every_request_leaves_exactly_once_within_the_limits(drawn, limits):
+    drawn = sorted(drawn, key=lambda clip: clip[0])
+    lengths = {key: steps for key, (_, _, _, steps) in enumerate(drawn)}
+    arrivals = [
+        Waiting(key, arrived, audio, None if patience is None else arrived + patience)
+        for key, (arrived, audio, patience, _) in enumerate(drawn)
     ]
-    decision = decide(queue, now_s, limits)
-    chosen = [queue[i] for i in decision.batch]
-    assert len(set(decision.batch)) == len(decision.batch) <= limits.max_batch_size
-    assert not set(decision.batch) & set(decision.expired)
-    assert len({each.prompt for each in chosen}) <= 1
-    if len(chosen) > 1:
-        assert len(chosen) * max(each.audio_s for each in chosen) <= limits.max_batch_audio_s
-    live = [each for each in queue if each.id not in decision.expired]
-    if chosen:
-        assert chosen[0] is live[0]
-    elif live:
-        assert decision.wake_s > now_s
-    else:
-        assert decision.wake_s is None
+    simulation = Simulation(limits)
+    while arrivals or simulation.waiting or simulation.running:
+        if not simulation.waiting and not simulation.running:
+            simulation.now_s = max(simulation.now_s, arrivals[0].arrived_s)
+        while arrivals and arrivals[0].arrived_s <= simulation.now_s:
+            simulation.waiting.append(arrivals.pop(0))
+        simulation.iterate(lengths)
+    assert sorted(simulation.left) == list(range(len(drawn)))
+    assert len(set(simulation.starts)) == len(simulation.starts)
 
 
-@given(st.lists(requests, min_size=1, max_size=20), limits)
-def test_every_request_is_answered_exactly_once_and_the_clock_always_moves(drawn, limits):
-    queue = [
-        Waiting(i, arrived, audio, None if patience is None else arrived + patience, prompt)
-        for i, (arrived, audio, patience, prompt) in enumerate(sorted(drawn, key=lambda d: d[0]))
-    ]
-    answered, now_s = [], queue[-1].arrived_s
-    for _ in itertools.count():
-        decision = decide(queue, now_s, limits)
-        done = {*decision.batch, *decision.expired}
-        answered += [*decision.batch, *decision.expired]
-        queue = [each for each in queue if each.id not in done]
-        if not queue:
-            break
-        if not done:
-            assert decision.wake_s > now_s
-            now_s = decision.wake_s
-    assert sorted(answered) == list(range(len(drawn)))
-
-
-def test_retry_after_follows_the_measured_rate():
-    rate = DrainRate()
-    assert rate.requests_per_s is None
-    assert rate.retry_after_s(100) == 1
-    rate.record(requests=4, busy_s=2.0)
-    assert rate.requests_per_s == 2.0
-    assert rate.retry_after_s(15) == 8
-    assert rate.retry_after_s(0) == 1
-    assert rate.retry_after_s(10_000) == 60
+@settings(max_examples=20)  # each is a long simulation
+@given(st.floats(0.01, LONGEST_S), st.floats(0.01, 2.0), st.integers(1, 4))
+def test_no_clip_starves_under_an_endless_stream_of_short_ones(audio_s, short_s, size):
+    limits = ScheduleLimits(max_batch_size=size, max_batch_audio_s=LONGEST_S)
+    simulation = Simulation(limits, waiting=[Waiting(0, 0.0, audio_s)])
+    lengths = {0: 1}
+    key = 0
+    while 0 not in simulation.starts:
+        for _ in range(2 * size):  # twice of what is served
+            key += 1
+            lengths[key] = 1
+            simulation.waiting.append(Waiting(key, simulation.now_s, short_s))
+        simulation.iterate(lengths)
+    # Only those that came before its turn could go before it.
+    started_s = simulation.now_s
+    earlier = 2 * size * (CEDED_S_PER_AUDIO_S * audio_s / simulation.iteration_s + 1)
+    assert started_s <= simulation.iteration_s * (earlier / size + 2)

@@ -1,0 +1,325 @@
+"""The engine: an asynchronous front, and one thread that owns the device and iterates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+from server.engine.core import EngineCore, Outcome
+from server.engine.interface import EngineStats
+from server.errors import (
+    InferenceFailedError,
+    NotReadyError,
+    ServerError,
+    ShuttingDownError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from server.engine.admission import Admission, Ticket
+    from server.engine.interface import (
+        EngineRequest,
+        EngineResult,
+        IterationReport,
+        Piece,
+        Runner,
+    )
+    from server.engine.scheduler import ScheduleLimits
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_MAX_RESTARTS = 1
+
+
+class ContinuousEngine:
+    """Implements `Engine`. The event loop never waits on the device."""
+
+    def __init__(
+        self,
+        load: Callable[[], Runner],
+        limits: ScheduleLimits,
+        admission: Admission,
+        *,
+        guards_loops: bool = True,
+        on_iteration: Callable[[IterationReport], None] = lambda _report: None,
+    ) -> None:
+        """Prepare; `start` loads.
+
+        Args:
+            load: makes the runner, in the device's thread; again after the engine has died.
+            limits: of an iteration.
+            admission: bounds what holds a ticket and does not run yet.
+            guards_loops: whether answers that repeat themselves are broken off.
+            on_iteration: told of each iteration, in the device's thread.
+        """
+        self._load = load
+        self._limits = limits
+        self._guards_loops = guards_loops
+        self._on_iteration = on_iteration
+        self._admission = admission
+        self._entries: dict[int, _Entry] = {}
+        self._keys = itertools.count()
+        self._thread: _DeviceThread | None = None
+        self._core: EngineCore | None = None
+        self._restarts = 0
+        self._restarting: asyncio.Task[None] | None = None
+        self._death: asyncio.Future[Exception] | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._draining = False
+
+    @property
+    def max_audio_s(self) -> float:
+        """Longest clip, seconds."""
+        if self._core is None:
+            raise NotReadyError("the model is not loaded")
+        return self._core.runner.max_audio_s
+
+    async def start(self) -> None:
+        """Load and warm up in the device's thread."""
+        self._death = asyncio.get_running_loop().create_future()
+        await self._launch()
+
+    async def _launch(self) -> None:
+        self._thread = _DeviceThread(self._make_core, self._deliver, self._on_death)
+        self._core = await self._thread.start()
+        if self._draining:
+            self._thread.post(EngineCore.hurry)
+
+    def _make_core(self) -> EngineCore:
+        runner = self._load()
+        runner.warm_up()
+        return EngineCore(
+            runner,
+            self._limits,
+            guards_loops=self._guards_loops,
+            on_iteration=self._on_iteration,
+        )
+
+    @contextlib.contextmanager
+    def admit(self, audio_s: float) -> Iterator[Ticket]:
+        """Hold a ticket."""
+        if self._draining:
+            raise ShuttingDownError("the server is shutting down")
+        core = self._core
+        self._admission.check(
+            audio_s,
+            running=core.running if core else 0,
+            running_audio_s=core.running_audio_s if core else 0.0,
+        )
+        ticket = self._admission.take(audio_s)
+        self._empty.clear()
+        try:
+            yield ticket
+        finally:
+            ticket.give_back()
+            if not self._admission.requests:
+                self._empty.set()
+
+    async def submit(self, request: EngineRequest) -> EngineResult:
+        """Queue a clip and wait for its transcript."""
+        thread = self._thread
+        if self._core is None or thread is None:
+            raise NotReadyError("the engine is not running")
+        key = next(self._keys)
+        entry = self._entries[key] = _Entry(request)
+        arrived_s = time.monotonic()
+        thread.post(lambda core: core.submit(key, request, arrived_s))
+        try:
+            return await entry.answer
+        finally:
+            # Still there: the client left, or it was refused from here.
+            if self._entries.pop(key, None) is not None:
+                thread.post(lambda core: core.cancel(key))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Finish what is admitted; after `timeout_s`, refuse the rest."""
+        self._draining = True
+        if self._thread is not None:
+            self._thread.post(EngineCore.hurry)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        self._refuse_all(ShuttingDownError("the server shut down before this request was done"))
+
+    async def stop(self) -> None:
+        """End after the running iteration, and wait for the device's thread."""
+        self._draining = True
+        if self._restarting is not None:
+            self._restarting.cancel()
+            await asyncio.wait([self._restarting])
+        self._core = None
+        self._refuse_all(ShuttingDownError("the server is shutting down"))
+        if self._thread is not None:
+            await self._thread.stop()
+
+    async def failed(self) -> Exception:
+        """Wait until the engine has died for good, and return why."""
+        if self._death is None:
+            raise NotReadyError("the engine has not been started")
+        return await asyncio.shield(self._death)
+
+    def stats(self) -> EngineStats:
+        """Return what is where."""
+        core = self._core
+        return EngineStats(
+            alive=core is not None,
+            admitted=self._admission.requests,
+            admitted_audio_s=self._admission.audio_s,
+            queued=core.waiting if core else 0,
+            running=core.running if core else 0,
+            slots=core.runner.n_slots if core else 0,
+            kv_cache_bytes=core.runner.kv_cache_bytes if core else 0,
+            rtfx=self._admission.rate.rtfx,
+        )
+
+    def _deliver(self, outcome: Outcome) -> None:
+        for key, piece in outcome.pieces:
+            if (entry := self._entries.get(key)) is not None:
+                entry.tell(piece)
+        finished = []
+        for key, answer in outcome.answers:
+            # Gone: its client has left meanwhile.
+            if (entry := self._entries.pop(key, None)) is None:
+                continue
+            entry.end(answer)
+            if not isinstance(answer, ServerError):
+                finished.append(entry.request.audio_s)
+        self._admission.rate.record(
+            requests=len(finished), audio_s=sum(finished), busy_s=outcome.busy_s
+        )
+
+    def _on_death(self, error: Exception) -> None:
+        """Answer everybody; start again once."""
+        self._core = None
+        self._refuse_all(InferenceFailedError("the engine has died"))
+        if self._restarts < _MAX_RESTARTS:
+            self._restarts += 1
+            self._restarting = asyncio.create_task(self._restart())
+        else:
+            self._die(error)
+
+    async def _restart(self) -> None:
+        try:
+            await self._launch()
+        except Exception as error:  # noqa: BLE001 - a loader may raise anything; handed on
+            self._die(error)
+        else:
+            _log.warning("the engine runs again")
+
+    def _die(self, error: Exception) -> None:
+        if self._death is not None and not self._death.done():
+            self._death.set_result(error)
+
+    def _refuse_all(self, error: ServerError) -> None:
+        # The entries stay: whoever waits for them takes them out of the core, too.
+        for entry in self._entries.values():
+            entry.end(error)
+
+
+class _Entry:
+    """A submitted request and where its answer goes."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.request = request
+        self.answer: asyncio.Future[EngineResult] = asyncio.get_running_loop().create_future()
+
+    def tell(self, piece: Piece) -> None:
+        if self.request.on_piece is None or self.answer.done():
+            return
+        try:
+            self.request.on_piece(piece)
+        except Exception as error:  # noqa: BLE001 - it ends the listener's own request
+            self.answer.set_exception(error)
+
+    def end(self, answer: EngineResult | ServerError) -> None:
+        if self.answer.done():
+            return
+        if isinstance(answer, ServerError):
+            self.answer.set_exception(answer)
+        else:
+            self.answer.set_result(answer)
+
+
+class _DeviceThread:
+    """Loads a core, obeys commands and iterates until it is stopped or the core raises."""
+
+    def __init__(
+        self,
+        make_core: Callable[[], EngineCore],
+        deliver: Callable[[Outcome], None],
+        on_death: Callable[[Exception], None],
+    ) -> None:
+        """Made on the event loop that `deliver` and `on_death` are called on."""
+        self._make_core = make_core
+        self._deliver = deliver
+        self._on_death = on_death
+        self._loop = asyncio.get_running_loop()
+        self._loaded: asyncio.Future[EngineCore] = self._loop.create_future()
+        self._inbox: queue.SimpleQueue[Callable[[EngineCore], None] | None] = queue.SimpleQueue()
+        # A daemon: a device that hangs must not keep a process that has given up from ending.
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    async def start(self) -> EngineCore:
+        """Begin, and wait until the core is loaded."""
+        self._thread.start()
+        return await self._loaded
+
+    def post(self, command: Callable[[EngineCore], None]) -> None:
+        """Have a command obeyed before the next iteration."""
+        self._inbox.put(command)
+
+    async def stop(self) -> None:
+        """End after the running iteration."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        try:
+            core = self._make_core()
+        except Exception as error:  # noqa: BLE001 - a loader may raise anything; handed on
+            self._call(self._fail_to_load, error)
+            return
+        self._call(self._finish_load, core)
+        try:
+            while self._obey(core):
+                outcome = core.iterate()
+                if outcome:
+                    self._call(self._deliver, outcome)
+        except Exception as error:  # noqa: BLE001 - a broken device may raise anything
+            _log.critical("the engine has died", exc_info=error)
+            # Its frames hold the model, which must be gone before another is loaded.
+            self._call(self._on_death, RuntimeError(f"{type(error).__name__}: {error}"))
+
+    def _obey(self, core: EngineCore) -> bool:
+        """Run what commands there are, and wait for one if nothing else is to do."""
+        idle_s = core.idle_s()
+        with contextlib.suppress(queue.Empty):
+            command = self._inbox.get(block=idle_s != 0, timeout=idle_s)
+            while True:
+                if command is None:
+                    return False
+                command(core)
+                command = self._inbox.get_nowait()
+        return True
+
+    def _finish_load(self, core: EngineCore) -> None:
+        if not self._loaded.done():
+            self._loaded.set_result(core)
+
+    def _fail_to_load(self, error: Exception) -> None:
+        if not self._loaded.done():
+            self._loaded.set_exception(error)
+
+    def _call(self, function: Callable[[_T], None], argument: _T) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(function, argument)

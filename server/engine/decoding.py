@@ -1,0 +1,76 @@
+"""How one request's tokens are chosen, and how its answer may end. No tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from server.errors import InvalidRequestError
+
+FinishReason = Literal["stop", "length", "loop", "cancelled", "deadline"]
+"""`stop`: the end token; `length`: the token cap; `loop`: it repeated itself, under a penalty too;
+`cancelled`: its client left; `deadline`: the answer would have come too late."""
+
+_MAX_TEMPERATURE = 2.0
+_MAX_SEED = 2**63 - 1
+_PENALTIES = (0.1, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How to choose tokens.
+
+    Attributes:
+        temperature: of sampling; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that have this much probability together.
+        seed: of sampling; the same seed gives the same answer in any batch. None draws one.
+        repetition_penalty: divides the logits (multiplies negative ones) of tokens that were
+            generated before; 1 for none. The prompt's tokens are not penalised.
+        max_tokens: cap besides the one from the audio's duration; None for only that.
+        logprobs: also report each token's log-probability under the model.
+
+    Raises:
+        InvalidRequestError: a value out of range; names it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges; NaN is in none of them."""
+        in_range = {
+            "temperature": 0.0 <= self.temperature <= _MAX_TEMPERATURE,
+            "top_p": 0.0 < self.top_p <= 1.0,
+            "seed": self.seed is None or 0 <= self.seed <= _MAX_SEED,
+            "repetition_penalty": _PENALTIES[0] <= self.repetition_penalty <= _PENALTIES[1],
+            "max_tokens": self.max_tokens is None or self.max_tokens >= 1,
+        }
+        for name, is_in_range in in_range.items():
+            if not is_in_range:
+                value = getattr(self, name)
+                raise InvalidRequestError(f"{name} is out of range: {value}", param=name)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken as it is and nothing besides is asked for."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and not self.logprobs
+
+
+GREEDY = Decoding()
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        id: in the LLM's vocabulary.
+        logprob: natural logarithm of its probability under the model; None if not asked for.
+    """
+
+    id: int
+    logprob: float | None = None

@@ -1,0 +1,343 @@
+"""Keys and values of the running sequences, in slots that are allocated once.
+
+A slot is a row of every layer's buffer. Used rows are the first ones, without a gap: a sequence
+joins behind the last, and when one leaves, the last takes its row. So a decode step reads a plain
+slice, up to the longest live length, and writes each new key in place; nothing is gathered.
+
+transformers' models see it as their `Cache`, whatever their architecture. What differs between
+rows, their lengths, reaches them as position ids and as masks.
+
+Axis legend: S slots, R rows of a step, H key heads, C slot capacity in tokens, W width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_LIVE_BUCKET_TOKENS = 32  # attended lengths are multiples, so that few shapes occur
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What a token takes in one layer: key heads, and the widths of a key and of a value."""
+
+    n_heads: int
+    key_width: int
+    value_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotPlan:
+    """How the memory for keys and values is laid out.
+
+    Attributes:
+        n_slots: sequences that can run together.
+        slot_tokens: longest sequence, prompt and answer.
+        layers: of the LLM.
+        dtype: of keys and values.
+    """
+
+    n_slots: int
+    slot_tokens: int
+    layers: tuple[LayerShape, ...]
+    dtype: torch.dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of one slot."""
+        widths = (each.n_heads * (each.key_width + each.value_width) for each in self.layers)
+        return self.slot_tokens * self.dtype.itemsize * sum(widths)
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory of all slots."""
+        return self.n_slots * self.slot_bytes
+
+
+@torch.inference_mode()
+def layer_shapes(llm: PreTrainedModel) -> tuple[LayerShape, ...]:
+    """Ask the LLM itself what it caches, by one token.
+
+    Raises:
+        ValueError: it keeps something else than keys and values of every token.
+    """
+    embeddings = llm.get_input_embeddings().weight
+    token = embeddings.new_zeros(1, 1, embeddings.shape[1])
+    cache = llm(inputs_embeds=token, use_cache=True).past_key_values
+    layers = getattr(cache, "layers", [])
+    for layer in layers:
+        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+            raise ValueError(
+                f"the engine cannot serve {llm.config.model_type} models: they cache "
+                f"{type(layer).__name__}, not keys and values of every token"
+            )
+    if not layers:
+        raise ValueError(f"the engine cannot serve {llm.config.model_type} models: they cache none")
+    return tuple(
+        LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for layer in layers
+    )
+
+
+def plan_slots(
+    layers: tuple[LayerShape, ...],
+    dtype: torch.dtype,
+    *,
+    slot_tokens: int,
+    max_slots: int,
+    budget_bytes: int,
+) -> SlotPlan:
+    """Fit as many slots as are wanted into a budget.
+
+    Args:
+        layers: of the LLM.
+        dtype: of keys and values.
+        slot_tokens: longest sequence.
+        max_slots: most that are of use.
+        budget_bytes: memory for all of them.
+
+    Raises:
+        ValueError: not one slot fits; the message says what it takes.
+    """
+    one = SlotPlan(1, slot_tokens, layers, dtype)
+    n_slots = min(max_slots, budget_bytes // one.slot_bytes)
+    if n_slots < 1:
+        raise ValueError(
+            f"a sequence of {slot_tokens} tokens takes {one.slot_bytes / 2**20:.1f} MiB of keys "
+            f"and values, and the budget is {budget_bytes / 2**20:.1f} MiB"
+        )
+    return SlotPlan(n_slots, slot_tokens, layers, dtype)
+
+
+class KVSlots(Cache):
+    """The slots, as transformers' cache. One forward pass at a time, announced beforehand.
+
+    `begin_prefill` or `begin_decode` names the rows of the pass that follows; `join` and `advance`
+    count what it wrote, once it has succeeded. A pass that fails changes nothing that is counted.
+    """
+
+    def __init__(self, plan: SlotPlan, device: torch.device | str) -> None:
+        """Allocate."""
+        self.plan = plan
+        self._access = _Access()
+        layers = [
+            _SlotLayer(plan, shape, torch.device(device), self._access) for shape in plan.layers
+        ]
+        super().__init__(layers=layers)
+        self._device = device
+        self._columns = torch.arange(plan.slot_tokens, device=device)
+        self._lens: list[int] = []
+
+    @property
+    def lens(self) -> tuple[int, ...]:
+        """Tokens in each used row."""
+        return tuple(self._lens)
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody uses."""
+        return self.plan.n_slots - len(self._lens)
+
+    def begin_prefill(self, n_rows: int) -> None:
+        """Let the next pass write `n_rows` prompts, right-padded, behind the used rows.
+
+        Raises:
+            ValueError: not so many slots are free.
+        """
+        if n_rows > self.free:
+            raise ValueError(f"{n_rows} slots are wanted, {self.free} are free")
+        first = len(self._lens)
+        self._access.begin(slice(first, first + n_rows))
+
+    def join(self, lens: Sequence[int]) -> None:
+        """Count the rows just written as used, with so many tokens each."""
+        self._lens += lens
+
+    def begin_decode(self, rows: slice) -> Tensor:
+        """Let the next pass write one token to each of `rows`.
+
+        Returns:
+            Position ids (R, 1) of these tokens.
+        """
+        lens = self._lens[rows]
+        positions = torch.tensor(lens, device=self._device)
+        bucket = math.ceil((max(lens) + 1) / _LIVE_BUCKET_TOKENS) * _LIVE_BUCKET_TOKENS
+        self._access.begin(rows, positions, min(bucket, self.plan.slot_tokens))
+        return positions[:, None]
+
+    def decode_mask(self, window: int | None = None) -> Tensor:
+        """Which tokens each row of the begun decode step attends to.
+
+        Args:
+            window: most tokens back, the row's own included; None for all.
+
+        Returns:
+            (R, 1, 1, live) bool.
+        """
+        positions = self._access.positions
+        if positions is None:
+            raise ValueError("no decode step has begun")
+        columns = self._columns[: self._access.live]
+        mask = columns <= positions[:, None]
+        if window is not None:
+            mask &= columns > positions[:, None] - window
+        return mask[:, None, None]
+
+    def advance(self, rows: slice) -> None:
+        """Count the token just written to each of `rows`."""
+        self._lens[rows] = [length + 1 for length in self._lens[rows]]
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget what a row holds past `length` tokens."""
+        self._lens[row] = min(self._lens[row], length)
+
+    def release(self, row: int, *, wipe: bool = False) -> None:
+        """Free a row; the last one takes its place.
+
+        Args:
+            row: which is free now.
+            wipe: it may hold NaN, which would reach a later sequence even through a mask.
+        """
+        last = len(self._lens) - 1
+        for layer in self.layers:
+            layer.move(last, row, self._lens[last])
+            if wipe:
+                # The row itself was overwritten only as far as the last one is long.
+                layer.wipe(row, self._lens[last] if row != last else 0)
+        self._lens[row] = self._lens[last]
+        self._lens.pop()
+
+
+class _Access:
+    """Which rows the running pass reads and writes; shared by all layers."""
+
+    def __init__(self) -> None:
+        self.rows = slice(0, 0)
+        self.indices: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.live = 0
+
+    def begin(self, rows: slice, positions: Tensor | None = None, live: int = 0) -> None:
+        self.rows, self.positions, self.live = rows, positions, live
+        if positions is not None:
+            self.indices = torch.arange(rows.start, rows.stop, device=positions.device)
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, (S, H, C, W) each."""
+
+    is_sliding = False  # a sliding window is masked, not forgotten
+
+    def __init__(
+        self, plan: SlotPlan, shape: LayerShape, device: torch.device, access: _Access
+    ) -> None:
+        super().__init__()
+        size = (plan.n_slots, shape.n_heads, plan.slot_tokens)
+        self.keys = _zeros((*size, shape.key_width), plan.dtype, device)
+        self.values = _zeros((*size, shape.value_width), plan.dtype, device)
+        self.dtype, self.device = plan.dtype, device
+        self.is_initialized = True
+        self._access = access
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the buffers are there."""
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *_args: Any,  # noqa: ANN401 - transformers' signature
+        **_kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Write (R, H, L, W) states; return those to attend to."""
+        access = self._access
+        if access.positions is None:  # prefill: the prompts attend to nothing but themselves
+            length = key_states.shape[2]
+            self.keys[access.rows, :, :length] = key_states
+            self.values[access.rows, :, :length] = value_states
+            return key_states, value_states
+        self.keys[access.indices, :, access.positions] = key_states[:, :, 0]
+        self.values[access.indices, :, access.positions] = value_states[:, :, 0]
+        return self.keys[access.rows, :, : access.live], self.values[access.rows, :, : access.live]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        if source != target:
+            self.keys[target, :, :length] = self.keys[source, :, :length]
+            self.values[target, :, :length] = self.values[source, :, :length]
+
+    def wipe(self, row: int, start: int) -> None:
+        self.keys[row, :, start:] = 0
+        self.values[row, :, start:] = 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that a prefill attends to, and the position of the first."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens before a prefill."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Tokens that fit into a row."""
+        return int(self.keys.shape[2])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeroes, since a masked NaN is still a NaN; on a CPU, memory that is used when touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+
+
+class DecodeMasks:
+    """Builds the attention masks of decode steps in the form that an LLM takes."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """Look at the LLM's layers.
+
+        Raises:
+            ValueError: they attend in a way that slots cannot offer; the message names it.
+        """
+        self._window: int | None = getattr(config, "sliding_window", None)
+        default = _FULL if self._window is None else _SLIDING
+        self._kinds = set(getattr(config, "layer_types", None) or [default])
+        unknown = sorted(self._kinds - {_FULL, _SLIDING})
+        if unknown:
+            raise ValueError(
+                f"the engine cannot serve {config.model_type} models with layers of "
+                f"{', '.join(unknown)}"
+            )
+        implementation = config._attn_implementation
+        if implementation not in {"sdpa", "eager"}:
+            raise ValueError(
+                f"the engine takes the attention implementations sdpa and eager, not "
+                f"{implementation!r}"
+            )
+        self._is_additive = implementation == "eager"
+
+    def build(self, slots: KVSlots, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """Masks for the begun decode step: one, or one for each kind of layer."""
+        masks = {kind: self._mask(slots, kind, dtype) for kind in self._kinds}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, slots: KVSlots, kind: str, dtype: torch.dtype) -> Tensor:
+        mask = slots.decode_mask(self._window if kind == _SLIDING else None)
+        if not self._is_additive:
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(dtype).min
+        )

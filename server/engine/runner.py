@@ -1,0 +1,340 @@
+"""The model on its device: starts sequences in KV slots and steps them.
+
+A prompt's last position is not prefilled: it goes through the next decode step with everything
+that runs, which gives its first token. To begin an answer again is then to rewind its row.
+
+Axis legend: B clips, R rows of a step, L prompt positions, N audio embeddings, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils.logging import disable_progress_bar
+
+from model.encoder import length_mask
+from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
+from model.processing import token_budget
+from model.transcription import Transcriber, identify_language
+from server.engine.decoding import GREEDY, Decoding
+from server.engine.interface import Plan, StartReport
+from server.engine.kv_slots import DecodeMasks, KVSlots, layer_shapes, plan_slots
+from server.engine.sampling import TokenSampler, choose_tokens
+from server.errors import InvalidRequestError
+from server.log import structured
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from server.engine.decoding import Token
+
+_log = logging.getLogger(__name__)
+
+PROMPT_ROOM_TOKENS = 512
+"""What a request's own prompt may take in a slot beyond the checkpoint's."""
+
+_CPU_KV_BYTES = 2 << 30
+_CUDA_KV_SHARE = 0.6  # of what the weights leave; activations need the rest
+_WARM_UP_S = (1.0, 3.0)  # clips of different length, so that padding is exercised too
+_WARM_UP_STEPS = 2
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """What a used slot decodes.
+
+    Attributes:
+        prompt_tokens: length of its prompt.
+        last_embed: (D,) of the prompt's last position.
+        sampler: chooses its tokens.
+        next_id: the token to feed; None for the prompt's last position.
+    """
+
+    prompt_tokens: int
+    last_embed: Tensor
+    sampler: TokenSampler
+    next_id: int | None = None
+
+
+class SpeechRunner:
+    """Implements `Runner` on a transcriber's model. Called from one thread."""
+
+    def __init__(
+        self, transcriber: Transcriber, *, max_slots: int, kv_cache_bytes: int | None = None
+    ) -> None:
+        """Allocate the KV slots.
+
+        Args:
+            transcriber: a loaded checkpoint.
+            max_slots: most sequences that will run together.
+            kv_cache_bytes: memory for keys and values; None takes 60 % of what is free on a CUDA
+                device, and up to 2 GiB on a CPU.
+
+        Raises:
+            ValueError: the LLM is none that the engine can run, or not one slot fits.
+        """
+        self._model, self._processor = transcriber.model, transcriber.processor
+        self._config, self._device = transcriber.config, transcriber.device
+        self._llm: PreTrainedModel = self._model.llm
+        _require_arguments(self._llm)
+        self._masks = DecodeMasks(self._llm.config)
+        self._embed = self._llm.get_input_embeddings()
+        self._audio_token_id = self._processor.audio_token_id
+        plan = plan_slots(
+            layer_shapes(self._llm),
+            self._llm.dtype,
+            slot_tokens=self._slot_tokens(),
+            max_slots=max_slots,
+            budget_bytes=kv_cache_bytes or _default_kv_bytes(self._device),
+        )
+        self._slots = KVSlots(plan, self._device)
+        self._rows: list[_Row] = []
+        _log.info(
+            "KV slots",
+            extra=structured(
+                slots=plan.n_slots, slot_tokens=plan.slot_tokens, bytes=plan.total_bytes
+            ),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        device: str,
+        dtype: str,
+        *,
+        max_slots: int,
+        kv_cache_bytes: int | None = None,
+    ) -> SpeechRunner:
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint, device or dtype cannot be used; the message says why.
+        """
+        disable_progress_bar()  # a server's stderr is a log
+        transcriber = Transcriber.from_pretrained(model, device, dtype)
+        return cls(transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes)
+
+    @property
+    def max_audio_s(self) -> float:
+        """Longest clip, seconds."""
+        return float(self._config.max_audio_s)
+
+    @property
+    def window_s(self) -> float:
+        """What the encoder pads every clip to, seconds; 0 where it does not."""
+        return float(WINDOW_S) if self._config.encoder_mode == "padded" else 0.0
+
+    @property
+    def n_slots(self) -> int:
+        """Sequences that can run together."""
+        return self._slots.plan.n_slots
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory of all slots."""
+        return self._slots.plan.total_bytes
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's, and those that `generate` ends at."""
+        ends = self._model.generation_config.eos_token_id
+        more = ends if isinstance(ends, list) else [ends] if ends is not None else []
+        return frozenset({int(self._processor.tokenizer.eos_token_id), *more})
+
+    def plan(
+        self, waveform: NDArray[np.float32], prompt: str | None = None, decoding: Decoding = GREEDY
+    ) -> Plan:
+        """Lay out a clip's sequence; nothing touches the device.
+
+        Args:
+            waveform: (N,) float32, mono, 16 kHz.
+            prompt: replaces the checkpoint's own.
+            decoding: how to choose its tokens.
+
+        Raises:
+            InvalidRequestError: prompt, audio and the longest answer do not fit into a slot.
+        """
+        frame_lens = mel_frame_lens(torch.tensor([waveform.size]))
+        audio_lens = self._processor.audio_lens(frame_lens).tolist()
+        input_ids = self._processor.sequences(audio_lens, prompts=[prompt])["input_ids"][0]
+        max_tokens = token_budget(self._config, waveform.size / SAMPLE_RATE_HZ)
+        max_tokens = min(max_tokens, decoding.max_tokens or max_tokens)
+        length, room = len(input_ids) + max_tokens, self._slots.plan.slot_tokens
+        if length > room:
+            raise InvalidRequestError(
+                f"the prompt, the audio and the longest answer to it take {length} tokens, and "
+                f"there is room for {room}",
+                param="file" if prompt is None else "prompt",
+            )
+        return Plan(waveform, tuple(input_ids.tolist()), max_tokens, decoding)
+
+    @torch.inference_mode()
+    def start(self, plans: Sequence[Plan]) -> StartReport:
+        """Encode clips and prefill their prompts into the next free slots, in order.
+
+        A failure leaves the slots as they were.
+        """
+        started_s = time.perf_counter()
+        audio_embeds, audio_lens = self._embed_audio(plans)
+        encoded_s = time.perf_counter()
+        input_ids = pad_sequence(
+            [torch.tensor(plan.input_ids) for plan in plans],
+            batch_first=True,
+            padding_value=self._processor.tokenizer.pad_token_id,
+        ).to(self._device)
+        embeds = self._embed(input_ids)  # (B, L, D), right-padded
+        packed = audio_embeds[length_mask(audio_lens, audio_embeds.shape[1])].to(embeds.dtype)
+        is_audio = input_ids == self._audio_token_id
+        embeds = embeds.masked_scatter(is_audio[..., None], packed)
+        self._prefill(embeds[:, :-1])
+        lens = [len(plan.input_ids) for plan in plans]
+        self._slots.join([length - 1 for length in lens])
+        self._rows += [
+            _Row(length, embeds[row, length - 1], TokenSampler(plan.decoding))
+            for row, (length, plan) in enumerate(zip(lens, plans, strict=True))
+        ]
+        return StartReport(encoded_s - started_s, time.perf_counter() - encoded_s)
+
+    def _embed_audio(self, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
+        """(B, N, D) audio embeddings and their lengths (B,)."""
+        waveforms = [plan.waveform for plan in plans]
+        features, feature_lens = self._processor.features(waveforms, self._device)
+        frames, frame_lens = self._model.encode(features, feature_lens)
+        audio = self._model.embed_audio(frames, frame_lens)
+        wanted = [plan.input_ids.count(self._audio_token_id) for plan in plans]
+        if audio.audio_lens.tolist() != wanted:
+            raise RuntimeError(f"{wanted} audio positions, {audio.audio_lens.tolist()} embeddings")
+        return audio.audio_embeds, audio.audio_lens
+
+    def _prefill(self, embeds: Tensor) -> None:
+        n_rows, length = embeds.shape[:2]
+        self._slots.begin_prefill(n_rows)
+        if not length:  # prompts of a single position have no past
+            return
+        # Causal attention alone keeps the padding behind a prompt out of it. The base model has
+        # no output layer, whose logits nobody would read.
+        self._llm.base_model(
+            inputs_embeds=embeds,
+            position_ids=torch.arange(length, device=embeds.device).expand(n_rows, length),
+            past_key_values=self._slots,
+            use_cache=True,
+        )
+
+    @torch.inference_mode()
+    def step(self, rows: slice) -> list[Token | None]:
+        """Give each of `rows` its next token; None where the model's logits are not finite.
+
+        A failure leaves the rows as they were.
+        """
+        active = self._rows[rows]
+        embeds = self._next_embeds(active)
+        position_ids = self._slots.begin_decode(rows)
+        logits = self._llm(
+            inputs_embeds=embeds,
+            attention_mask=self._masks.build(self._slots, embeds.dtype),
+            position_ids=position_ids,
+            past_key_values=self._slots,
+            use_cache=True,
+        ).logits[:, -1]
+        tokens = choose_tokens(logits, [row.sampler for row in active])
+        self._slots.advance(rows)
+        for row, token in zip(active, tokens, strict=True):
+            row.next_id = None if token is None else token.id
+        return tokens
+
+    def _next_embeds(self, active: Sequence[_Row]) -> Tensor:
+        """(R, 1, D) of the tokens to feed."""
+        ids = torch.tensor([row.next_id or 0 for row in active], device=self._device)
+        embeds: Tensor = self._embed(ids)[:, None]
+        for index, row in enumerate(active):
+            if row.next_id is None:
+                embeds[index, 0] = row.last_embed
+        return embeds
+
+    def restart(self, row: int, repetition_penalty: float) -> None:
+        """Begin a row's answer again, under at least this repetition penalty."""
+        state = self._rows[row]
+        self._slots.rewind(row, state.prompt_tokens - 1)
+        state.next_id = None
+        decoding = state.sampler.decoding
+        penalty = max(decoding.repetition_penalty, repetition_penalty)
+        state.sampler = TokenSampler(replace(decoding, repetition_penalty=penalty))
+
+    def release(self, row: int, *, failed: bool = False) -> None:
+        """Free a row; the last one takes its place. What a `failed` one holds is wiped."""
+        self._slots.release(row, wipe=failed)
+        last = self._rows.pop()
+        if row < len(self._rows):
+            self._rows[row] = last
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Text of an answer."""
+        return self._processor.decode_transcript(token_ids)
+
+    def language(self, text: str) -> str | None:
+        """ISO 639-1 code of a text where the checkpoint's languages leave no doubt."""
+        return identify_language(text, self._config.languages or [])
+
+    def warm_up(self) -> None:
+        """Transcribe a little noise."""
+        self._try(_WARM_UP_S[: self.n_slots])
+
+    def recover(self) -> None:
+        """Free what a failed call may have left behind."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def probe(self) -> None:
+        """Find out, in a free slot, whether the device still works; raises if it does not."""
+        self._try(_WARM_UP_S[:1])
+
+    def _try(self, lengths_s: Sequence[float]) -> None:
+        rng = np.random.default_rng(0)
+        sizes = [int(min(length_s, self.max_audio_s) * SAMPLE_RATE_HZ) for length_s in lengths_s]
+        clips = [rng.normal(0, 0.01, size).astype(np.float32) for size in sizes]
+        rows = slice(len(self._rows), len(self._rows) + len(clips))
+        self.start([self.plan(clip) for clip in clips])
+        try:
+            for _ in range(_WARM_UP_STEPS):
+                self.step(rows)
+        finally:
+            for row in reversed(range(rows.start, rows.stop)):
+                self.release(row)
+
+    def _slot_tokens(self) -> int:
+        """Longest sequence: the longest clip's, and room for a request's own prompt."""
+        frame_lens = mel_frame_lens(torch.tensor([int(self.max_audio_s * SAMPLE_RATE_HZ)]))
+        audio_lens = self._processor.audio_lens(frame_lens).tolist()
+        prompt = self._processor.sequences(audio_lens)["input_ids"].shape[1]
+        wanted = prompt + token_budget(self._config, self.max_audio_s) + PROMPT_ROOM_TOKENS
+        limit: int | None = getattr(self._llm.config, "max_position_embeddings", None)
+        return wanted if limit is None else min(wanted, limit)
+
+
+def _require_arguments(llm: PreTrainedModel) -> None:
+    """Refuse an LLM that cannot be told where each row stands."""
+    taken = inspect.signature(llm.forward).parameters
+    for name in ("inputs_embeds", "position_ids", "past_key_values"):
+        if name not in taken:
+            raise ValueError(
+                f"the engine cannot serve {llm.config.model_type} models: they take no {name}"
+            )
+
+
+def _default_kv_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_KV_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _CUDA_KV_SHARE)

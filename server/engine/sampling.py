@@ -1,0 +1,96 @@
+"""From logits to tokens, each row by its own request's wishes.
+
+Axis legend: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from server.engine.decoding import Decoding, Token
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class TokenSampler:
+    """Chooses the tokens of one sequence. Its randomness is its own, so a batch changes none."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        """Begin a sequence."""
+        self.decoding = decoding
+        self._generated: set[int] = set()
+        self._generator: torch.Generator | None = None
+        if decoding.temperature > 0:
+            self._generator = torch.Generator()
+            if decoding.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(decoding.seed)
+
+    def note(self, token_id: int) -> None:
+        """Count a chosen token as generated."""
+        self._generated.add(token_id)
+
+    def choose(self, logits: Tensor) -> Token:
+        """Choose from one row of logits (V,)."""
+        scores = self._penalise(logits.float())
+        if self._generator is None:
+            token_id = int(scores.argmax())
+        else:
+            token_id = self._draw(scores / self.decoding.temperature, self._generator)
+        logprob = None
+        if self.decoding.logprobs:
+            logprob = float(logits.float().log_softmax(-1)[token_id])
+        return Token(token_id, logprob)
+
+    def _penalise(self, scores: Tensor) -> Tensor:
+        """Source: CTRL, arXiv 1909.05858, in transformers' form."""
+        penalty = self.decoding.repetition_penalty
+        if penalty == 1 or not self._generated:
+            return scores
+        ids = torch.tensor(sorted(self._generated), device=scores.device)
+        chosen = scores[ids]
+        return scores.index_copy(
+            0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+        )
+
+    def _draw(self, scores: Tensor, generator: torch.Generator) -> int:
+        """Invert the distribution function at one uniform number, drawn on the host."""
+        weights = scores.double().softmax(-1)
+        ids = None
+        if self.decoding.top_p < 1:
+            weights, ids = weights.sort(descending=True)
+            # The smallest set that reaches top_p: a token stays while those before it do not.
+            weights = weights * (weights.cumsum(0) - weights < self.decoding.top_p)
+        mass = weights.cumsum(0)
+        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        index = int(torch.searchsorted(mass, mass[-1] * uniform, right=True))
+        index = min(index, int(weights.nonzero()[-1]))  # rounding at the upper end
+        return index if ids is None else int(ids[index])
+
+
+def choose_tokens(logits: Tensor, samplers: Sequence[TokenSampler]) -> list[Token | None]:
+    """Choose every row's next token; None where a row's logits are not finite.
+
+    Args:
+        logits: (R, V), in the model's dtype.
+        samplers: one a row.
+    """
+    # One transfer to the host for all rows; a NaN is the maximum of its row.
+    best, ids = logits.max(-1)
+    plain = ids.tolist()
+    is_finite = best.isfinite().tolist()
+    tokens: list[Token | None] = []
+    for row, sampler in enumerate(samplers):
+        if not is_finite[row]:
+            tokens.append(None)
+            continue
+        token = Token(plain[row]) if sampler.decoding.is_plain else sampler.choose(logits[row])
+        sampler.note(token.id)
+        tokens.append(token)
+    return tokens

@@ -1,0 +1,64 @@
+"""A real runner that fails, or waits, where a test tells it to."""
+
+import threading
+
+import numpy as np
+
+START_POISON = 0.77
+STEP_POISON = 0.66
+"""First samples of clips that the model fails on, at their start or at their first step."""
+
+
+def poisoned(waveform, mark):
+    waveform = waveform.copy()
+    waveform[0] = mark
+    return waveform
+
+
+class FaultyRunner:
+    """Hands everything on to a runner; raises on poisoned clips and on broken devices."""
+
+    def __init__(self, runner):
+        self._runner = runner
+        self._rows = []  # first samples of the running clips, by row
+        self.is_broken = False
+        self.steps = 0
+        self.started = []  # sizes of the batches that were tried
+        self.busy = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def start(self, plans):
+        self.started.append(len(plans))
+        marks = [np.float32(plan.waveform[0]) for plan in plans]
+        self._fail_on(marks, START_POISON)
+        report = self._runner.start(plans)
+        self._rows += marks
+        return report
+
+    def step(self, rows):
+        self.steps += 1
+        self.busy.set()
+        assert self.gate.wait(60)
+        self._fail_on(self._rows[rows], STEP_POISON)
+        return self._runner.step(rows)
+
+    def release(self, row, *, failed=False):
+        self._runner.release(row, failed=failed)
+        last = self._rows.pop()
+        if row < len(self._rows):
+            self._rows[row] = last
+
+    def probe(self):
+        if self.is_broken:
+            raise RuntimeError("the device is gone")
+        self._runner.probe()
+
+    def _fail_on(self, marks, poison):
+        if self.is_broken:
+            raise RuntimeError("the device is gone")
+        if np.float32(poison) in marks:
+            raise RuntimeError("poisoned")

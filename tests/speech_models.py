@@ -1,0 +1,81 @@
+"""Small random speech LLMs of several families, and what `generate` says for one clip alone."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    LogitsProcessorList,
+    MistralConfig,
+    Qwen2Config,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from model.log_mel import SAMPLE_RATE_HZ
+from model.processing import token_budget
+from model.transcription import Transcriber
+from tests.conftest import make_tiny_checkpoint
+
+_SIZES = {
+    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 1024, "initializer_range": 0.2,
+    "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": Qwen2Config(**_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2, one layer of a sliding window": Qwen2Config(
+        **_SIZES, num_key_value_heads=2,
+        use_sliding_window=True, sliding_window=12, max_window_layers=1,
+    ),
+    "llama": LlamaConfig(**_SIZES, num_key_value_heads=2),
+    # Its positions are learnt.
+    "gpt2": GPT2Config(
+        vocab_size=320, n_embd=48, n_layer=2, n_head=4, n_positions=1024, initializer_range=0.2,
+        bos_token_id=2, eos_token_id=2, pad_token_id=0,
+    ),
+    # Its decoder scales the embeddings it is given.
+    "gemma": GemmaConfig(**_SIZES, num_key_value_heads=1, head_dim=12),
+    # Its logits are capped, and its layers alternate between full and sliding attention.
+    "gemma2": Gemma2Config(
+        **_SIZES, num_key_value_heads=2, head_dim=12, sliding_window=12,
+        attn_implementation="eager",
+    ),
+    "mistral": MistralConfig(**_SIZES, num_key_value_heads=2, sliding_window=12),
+}  # fmt: skip
+
+
+def make_speech_model(folder: Path, family: str) -> Transcriber:
+    """Write and load a checkpoint whose LLM is of this family."""
+    make_tiny_checkpoint(folder, llm_config=FAMILIES[family])
+    return Transcriber.from_pretrained(folder, device="cpu")
+
+
+def noise(seconds, seed=0):
+    """(N,) float32, loud enough that answers differ."""
+    samples = np.random.default_rng(seed).normal(0, 0.2, round(seconds * SAMPLE_RATE_HZ))
+    return samples.astype(np.float32)
+
+
+@torch.inference_mode()
+def generate_alone(transcriber, waveform, *, prompt=None, max_tokens=None, penalty=1.0):
+    """Greedy token ids of transformers' `generate` for one clip in a batch of its own."""
+    processor, model = transcriber.processor, transcriber.model
+    budget = token_budget(transcriber.config, waveform.size / SAMPLE_RATE_HZ)
+    inputs = processor(waveform, prompt=prompt)
+    length = inputs["input_ids"].shape[1]
+    processors = LogitsProcessorList()
+    if penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=length))
+    output = model.generate(
+        **inputs,
+        max_new_tokens=min(budget, max_tokens or budget),
+        do_sample=False,
+        logits_processor=processors,
+    )
+    ids = output[0, length:].tolist()
+    eos = processor.tokenizer.eos_token_id
+    return ids[: ids.index(eos)] if eos in ids else ids

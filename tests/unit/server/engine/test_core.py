@@ -1,0 +1,381 @@
+"""The engine's iterations on small real models, one thread, a clock that the test moves."""
+
+import copy
+import functools
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.transcription import Transcriber
+from server.engine.core import EngineCore
+from server.engine.decoding import Decoding, Token
+from server.engine.generation import LOOP_RETRY_PENALTY, RepetitionDetector
+from server.engine.interface import EngineRequest, EngineResult
+from server.engine.runner import SpeechRunner
+from server.engine.scheduler import ScheduleLimits
+from server.errors import DeadlineExceededError, InferenceFailedError, InvalidRequestError
+from tests.conftest import REPOSITORY, make_tiny_checkpoint
+from tests.faulty_runner import START_POISON, STEP_POISON, FaultyRunner, poisoned
+from tests.speech_models import FAMILIES, generate_alone, make_speech_model, noise
+
+LIMITS = ScheduleLimits(max_batch_size=4, max_batch_audio_s=12.0)
+CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.3, 2.9, 1.1, 4.0, 0.7))]
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+class Bench:
+    """A core, its clock, and the answers it gave so far."""
+
+    def __init__(self, runner, limits=LIMITS, **options):
+        self.clock = Clock()
+        self.reports = []
+        options = {"guards_loops": False, "on_iteration": self.reports.append, **options}
+        self.core = EngineCore(runner, limits, clock=self.clock, **options)
+        self.keys = itertools.count()
+        self.answers = {}
+        self.pieces = {}
+
+    def submit(self, waveform, **fields):
+        key = next(self.keys)
+        request = EngineRequest(str(key), waveform, waveform.size / 16_000, **fields)
+        self.core.submit(key, request, self.clock.now_s)
+        return key
+
+    def iterate(self):
+        outcome = self.core.iterate()
+        for key, piece in outcome.pieces:
+            assert key not in self.answers
+            self.pieces.setdefault(key, []).append(piece)
+        for key, answer in outcome.answers:
+            assert key not in self.answers, "answered twice"
+            self.answers[key] = answer
+
+    def finish(self):
+        for _ in range(1000):
+            idle_s = self.core.idle_s()
+            if idle_s is None:
+                return
+            self.clock.now_s += idle_s  # as the thread sleeps
+            self.iterate()
+        pytest.fail("the engine does not come to an end")
+
+    def ended(self):
+        counts = {}
+        for report in self.reports:
+            for reason, count in report.ended.items():
+                counts[reason] = counts.get(reason, 0) + count
+        return counts
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint):
+    return Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def runner(tiny):
+    return SpeechRunner(tiny, max_slots=4)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama", "gpt2", "gemma"])
+def family(request, tmp_path_factory):
+    transcriber = make_speech_model(tmp_path_factory.mktemp("family") / "model", request.param)
+    runner = SpeechRunner(transcriber, max_slots=3)
+
+    @functools.cache
+    def expected(clip, prompt, decoding):
+        """What the request says alone: by `generate` if it is greedy, else by an engine of one."""
+        if decoding.temperature == 0:
+            return generate_alone(
+                transcriber,
+                CLIPS[clip],
+                prompt=prompt,
+                max_tokens=decoding.max_tokens,
+                penalty=decoding.repetition_penalty,
+            )
+        bench = Bench(runner)
+        key = bench.submit(CLIPS[clip], prompt=prompt, decoding=decoding)
+        bench.finish()
+        return list(bench.answers[key].token_ids)
+
+    return runner, expected
+
+
+decodings = st.one_of(
+    st.just(Decoding()),
+    st.builds(
+        Decoding,
+        max_tokens=st.none() | st.integers(1, 6),
+        repetition_penalty=st.sampled_from([1.0, 1.5]),
+        logprobs=st.booleans(),
+    ),
+    st.builds(
+        Decoding,
+        temperature=st.sampled_from([0.5, 1.0]),
+        top_p=st.sampled_from([1.0, 0.8]),
+        seed=st.integers(0, 2),
+    ),
+)
+events = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("submit"),
+            st.integers(0, len(CLIPS) - 1),
+            st.sampled_from([None, "zero one two"]),
+            decodings,
+        ),
+        st.tuples(st.just("cancel"), st.integers(0, 20)),
+        st.tuples(st.just("iterate"), st.integers(1, 4)),
+    ),
+    min_size=4,
+    max_size=24,
+)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(events)
+def test_every_request_says_what_it_says_alone_whatever_comes_and_goes(family, drawn):
+    runner, expected = family
+    bench = Bench(runner)
+    wanted, cancelled = {}, set()
+    for event, *details in drawn:
+        if event == "submit":
+            clip, prompt, decoding = details
+            key = bench.submit(CLIPS[clip], prompt=prompt, decoding=decoding)
+            wanted[key] = (clip, prompt, decoding)
+        elif event == "cancel":
+            if details[0] in wanted and details[0] not in bench.answers:
+                bench.core.cancel(details[0])
+                cancelled.add(details[0])
+        else:
+            for _ in range(details[0]):
+                bench.iterate()
+    bench.finish()
+    assert bench.answers.keys() == wanted.keys() - cancelled
+    for key, answer in bench.answers.items():
+        assert list(answer.token_ids) == expected(*wanted[key])
+        decoding = wanted[key][2]
+        assert (answer.logprobs is None) == (not decoding.logprobs)
+    assert bench.core.running == 0
+    assert bench.ended().get("cancelled", 0) == len(cancelled)
+
+
+@pytest.mark.slow
+def test_the_default_checkpoint_says_what_generate_says(shared_data):
+    from model.data.audio import load_audio
+    from model.data.manifest import read_manifest
+
+    transcriber = Transcriber.from_pretrained(REPOSITORY / "weights" / "default", device="cpu")
+    manifests = sorted((shared_data / "manifests").glob("*.jsonl"))
+    clips = [
+        load_audio(utterance.audio)
+        for path in manifests[:3]
+        for utterance in read_manifest(path, shared_data)[:4]
+        if utterance.duration < transcriber.max_audio_s
+    ]
+    bench = Bench(SpeechRunner(transcriber, max_slots=3))
+    keys = []
+    for clip in clips:
+        keys.append(bench.submit(clip))
+        bench.iterate()
+    bench.finish()
+    for key, clip in zip(keys, clips, strict=True):
+        assert list(bench.answers[key].token_ids) == generate_alone(transcriber, clip)
+
+
+def test_a_result_tells_how_it_came_about(runner):
+    bench = Bench(runner)
+    keys = [bench.submit(clip) for clip in CLIPS[:2]]
+    bench.clock.now_s += 0.5
+    bench.iterate()
+    bench.clock.now_s += 2.0
+    bench.finish()
+    result = bench.answers[keys[1]]
+    assert (result.queue_s, result.first_token_s, result.batch_size) == (0.5, 0.5, 2)
+    assert result.encode_s > 0
+    assert result.prefill_s > 0
+    assert result.finish_reason in {"stop", "length"}
+    assert result.text == runner.text(result.token_ids)
+
+
+def test_new_requests_join_those_that_run(runner):
+    bench = Bench(runner)
+    bench.submit(CLIPS[3])
+    bench.iterate()
+    bench.submit(CLIPS[1])
+    bench.iterate()
+    assert bench.core.running == 2
+    assert [report.decoded_rows for report in bench.reports] == [1, 2]
+
+
+def test_a_cancelled_request_frees_its_slot_before_the_next_step(runner):
+    bench = Bench(runner, ScheduleLimits(max_batch_size=1))
+    held, waiting = bench.submit(CLIPS[3]), bench.submit(CLIPS[3])
+    bench.iterate()
+    bench.core.cancel(held)
+    bench.iterate()
+    assert (bench.core.running, bench.core.waiting) == (1, 0)
+    bench.finish()
+    assert bench.answers.keys() == {waiting}
+
+
+def test_a_deadline_ends_what_waits_and_what_runs(runner):
+    bench = Bench(runner, ScheduleLimits(max_batch_size=1))
+    runs = bench.submit(CLIPS[3], deadline_s=101.0)
+    waits = bench.submit(CLIPS[3], deadline_s=101.0)
+    bench.iterate()
+    bench.clock.now_s = 101.0
+    bench.iterate()
+    assert isinstance(bench.answers[runs], DeadlineExceededError)
+    assert isinstance(bench.answers[waits], DeadlineExceededError)
+    assert "not complete" in str(bench.answers[runs])
+    assert "still waited" in str(bench.answers[waits])
+    assert bench.core.idle_s() is None
+
+
+@pytest.mark.parametrize("leaves", ["finished", "cancelled"])
+def test_what_waits_for_a_slot_starts_as_soon_as_one_is_free(runner, leaves):
+    bench = Bench(runner, ScheduleLimits(max_batch_size=1))
+    first, second = (bench.submit(CLIPS[0], deadline_s=160.0) for _ in range(2))
+    bench.iterate()
+    if leaves == "cancelled":
+        bench.core.cancel(first)
+    bench.finish()
+    assert isinstance(bench.answers[second], EngineResult)
+    assert bench.clock.now_s == 100.0
+
+
+def test_a_wait_for_fuller_batches_ends_with_the_hurry(runner):
+    bench = Bench(runner, ScheduleLimits(max_batch_size=4, max_wait_s=30.0))
+    bench.submit(CLIPS[0])
+    bench.iterate()
+    assert (bench.core.running, bench.core.idle_s()) == (0, 30.0)
+    bench.core.hurry()
+    bench.iterate()
+    assert bench.core.running == 1 or bench.answers
+
+
+def test_a_prompt_that_is_too_long_fails_alone(runner):
+    bench = Bench(runner)
+    good, bad = bench.submit(CLIPS[0]), bench.submit(CLIPS[0], prompt="zero one " * 400)
+    bench.finish()
+    assert isinstance(bench.answers[good], EngineResult)
+    assert isinstance(bench.answers[bad], InvalidRequestError)
+    assert bench.ended()["failed"] == 1
+
+
+def test_a_prompt_that_breaks_the_tokenizer_fails_alone(runner):
+    bench = Bench(runner)
+    bad, good = bench.submit(CLIPS[0], prompt="\ud800"), bench.submit(CLIPS[0])
+    bench.finish()
+    assert isinstance(bench.answers[bad], InferenceFailedError)
+    assert isinstance(bench.answers[good], EngineResult)
+
+
+@pytest.mark.parametrize("mark", [START_POISON, STEP_POISON, np.nan])
+@pytest.mark.parametrize("guilty", range(4))
+def test_only_the_guilty_request_of_a_batch_fails(tiny, runner, mark, guilty):
+    bench = Bench(FaultyRunner(runner))
+    clips = [CLIPS[1], CLIPS[3], CLIPS[2], CLIPS[1]]
+    clips[guilty] = poisoned(clips[guilty], mark)
+    keys = [bench.submit(clip) for clip in clips]
+    bench.finish()
+    for index, key in enumerate(keys):
+        if index == guilty:
+            assert isinstance(bench.answers[key], InferenceFailedError)
+        else:
+            assert list(bench.answers[key].token_ids) == generate_alone(tiny, clips[index])
+    assert bench.core.running == 0
+    again = bench.submit(CLIPS[3])
+    bench.finish()
+    assert list(bench.answers[again].token_ids) == generate_alone(tiny, CLIPS[3])
+
+
+def test_a_failing_start_is_halved_not_repeated_one_by_one(runner):
+    faulty = FaultyRunner(runner)
+    bench = Bench(faulty)
+    for clip in (poisoned(CLIPS[0], START_POISON), CLIPS[0], CLIPS[0], CLIPS[0]):
+        bench.submit(clip)
+    bench.iterate()
+    assert faulty.started == [4, 2, 1, 1, 2]
+    assert bench.reports[0].failures == 3
+
+
+def test_a_broken_device_ends_the_engine_and_is_not_blamed_on_a_request(runner):
+    faulty = FaultyRunner(runner)
+    bench = Bench(faulty)
+    bench.submit(CLIPS[0])
+    faulty.is_broken = True
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        bench.iterate()
+
+
+def test_pieces_come_token_by_token_and_add_up_to_the_text(runner):
+    bench = Bench(runner)
+    heard = bench.submit(CLIPS[3], on_piece=lambda _piece: None, decoding=Decoding(logprobs=True))
+    silent = bench.submit(CLIPS[1])
+    bench.finish()
+    pieces, result = bench.pieces[heard], bench.answers[heard]
+    assert silent not in bench.pieces
+    assert "".join(piece.text for piece in pieces) == result.text
+    told = [piece.token for piece in pieces][: len(result.token_ids)]
+    assert told == [Token(*pair) for pair in zip(result.token_ids, result.logprobs, strict=True)]
+    assert [piece.finish_reason for piece in pieces] == [
+        *[None] * (len(pieces) - 1), result.finish_reason,
+    ]  # fmt: skip
+
+
+def make_talkative(folder, initializer_range):
+    """A model that may say much and, with embeddings tied and layers faint, repeats itself."""
+    llm = copy.deepcopy(FAMILIES["qwen2"])
+    llm.initializer_range = initializer_range
+    make_tiny_checkpoint(folder, llm_config=llm, max_tokens_per_audio_s=30.0)
+    return Transcriber.from_pretrained(folder, device="cpu")
+
+
+def cut_at_loop(ids):
+    """`ids` up to one copy of the loop that they run into, and whether they do."""
+    detector = RepetitionDetector()
+    for end, token in enumerate(ids, start=1):
+        if repeated := detector.push(token):
+            return ids[: end - repeated], True
+    return ids, False
+
+
+@pytest.mark.parametrize(("initializer_range", "helps"), [(0.05, False), (0.14, True)])
+def test_a_loop_is_retried_under_a_penalty_and_cut_where_that_does_not_help(
+    tmp_path, initializer_range, helps
+):
+    model = make_talkative(tmp_path, initializer_range)
+    clips = [noise(2.0, seed) for seed in range(3)]
+    assert all(cut_at_loop(generate_alone(model, clip))[1] for clip in clips)
+    expected = [
+        cut_at_loop(generate_alone(model, clip, penalty=LOOP_RETRY_PENALTY)) for clip in clips
+    ]
+    assert any(not loops for _, loops in expected) == helps
+    bench = Bench(SpeechRunner(model, max_slots=2), guards_loops=True)
+    keys = [bench.submit(clip) for clip in clips]
+    bench.finish()
+    for key, (ids, loops) in zip(keys, expected, strict=True):
+        assert list(bench.answers[key].token_ids) == ids
+        assert (bench.answers[key].finish_reason == "loop") == loops
+    assert sum(report.retries for report in bench.reports) == len(clips)
+
+
+def test_an_answer_that_somebody_listens_to_is_cut_at_its_first_loop(tmp_path):
+    model = make_talkative(tmp_path, 0.05)
+    bench = Bench(SpeechRunner(model, max_slots=1), guards_loops=True)
+    key = bench.submit(noise(2.0), on_piece=lambda _piece: None)
+    bench.finish()
+    assert bench.answers[key].finish_reason == "loop"
+    assert list(bench.answers[key].token_ids) == cut_at_loop(generate_alone(model, noise(2.0)))[0]
+    assert bench.pieces[key][-1].finish_reason == "loop"

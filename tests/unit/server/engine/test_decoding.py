@@ -1,0 +1,27 @@
+import math
+
+import pytest
+
+from server.engine.decoding import Decoding
+from server.errors import InvalidRequestError
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan),
+        ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
+        ("seed", -1), ("seed", 2**63), ("repetition_penalty", 0.0), ("repetition_penalty", 11.0),
+        ("max_tokens", 0),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(InvalidRequestError, match=f"{name} is out of range: {value}") as refusal:
+        Decoding(**{name: value})
+    assert refusal.value.param == name
+
+
+def test_only_plain_greedy_decoding_is_plain():
+    assert Decoding(max_tokens=5, seed=1, top_p=0.5).is_plain
+    for wish in ({"temperature": 0.1}, {"repetition_penalty": 1.1}, {"logprobs": True}):
+        assert not Decoding(**wish).is_plain

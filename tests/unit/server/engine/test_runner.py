@@ -1,0 +1,282 @@
+"""The runner against transformers' own `generate`, for several families of LLMs."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from transformers import BloomConfig, Lfm2Config
+
+from model.transcription import Transcriber
+from server.engine.decoding import Decoding
+from server.engine.generation import Generation
+from server.engine.runner import SpeechRunner
+from server.errors import InvalidRequestError
+from tests.conftest import make_tiny_checkpoint
+from tests.speech_models import FAMILIES, generate_alone, make_speech_model, noise
+
+SECONDS = (0.3, 2.9, 1.1, 4.0, 0.7)
+
+
+class Driver:
+    """Runs plans through a runner, one row each, and keeps what they say."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.rows = []  # keys of the used rows, as the runner has them
+        self.said = {}
+
+    def start(self, *keyed_plans):
+        self.runner.start([plan for _, plan in keyed_plans])
+        for key, plan in keyed_plans:
+            self.rows.append(key)
+            self.said[key] = Generation(
+                max_tokens=plan.max_tokens, stop_ids=self.runner.stop_ids, guards_loops=False
+            )
+
+    def step(self):
+        tokens = self.runner.step(slice(0, len(self.rows)))
+        for row in reversed(range(len(self.rows))):
+            generation = self.said[self.rows[row]]
+            generation.push(tokens[row])
+            if generation.finish_reason is not None:
+                self.leave(row)
+
+    def leave(self, row):
+        self.runner.release(row)
+        last = self.rows.pop()
+        if row < len(self.rows):
+            self.rows[row] = last
+
+    def finish(self):
+        while self.rows:
+            self.step()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def transcriber(request, tmp_path_factory):
+    return make_speech_model(tmp_path_factory.mktemp("model") / "checkpoint", request.param)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint):
+    return Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+def test_sequences_that_join_a_running_batch_say_what_generate_says_alone(transcriber):
+    runner = SpeechRunner(transcriber, max_slots=len(SECONDS))
+    driver = Driver(runner)
+    clips = [noise(seconds, seed) for seed, seconds in enumerate(SECONDS)]
+    plans = [(i, runner.plan(clip)) for i, clip in enumerate(clips)]
+    driver.start(*plans[:2])
+    driver.step()
+    driver.step()
+    driver.start(plans[2])
+    driver.step()
+    driver.start(*plans[3:])
+    driver.finish()
+    expected = [generate_alone(transcriber, clip) for clip in clips]
+    assert [driver.said[i].token_ids for i in range(len(clips))] == expected
+    assert len({tuple(each) for each in expected}) > 1
+
+
+def test_a_freed_slot_serves_the_next_sequence(tiny):
+    runner = SpeechRunner(tiny, max_slots=1)
+    driver = Driver(runner)
+    for seed, seconds in enumerate(SECONDS):
+        driver.start((seed, runner.plan(noise(seconds, seed))))
+        driver.finish()
+        assert driver.said[seed].token_ids == generate_alone(tiny, noise(seconds, seed))
+
+
+def test_rows_that_leave_early_disturb_nobody(tiny):
+    runner = SpeechRunner(tiny, max_slots=4)
+    driver = Driver(runner)
+    clips = [noise(seconds, seed) for seed, seconds in enumerate((3.0, 2.0, 4.0, 3.5))]
+    driver.start(*((i, runner.plan(clip)) for i, clip in enumerate(clips)))
+    driver.step()
+    driver.leave(0)
+    driver.step()
+    driver.leave(driver.rows.index(2))
+    driver.finish()
+    for i in (1, 3):
+        assert driver.said[i].token_ids == generate_alone(tiny, clips[i])
+
+
+def test_any_part_of_the_rows_can_be_stepped_alone(tiny):
+    runner = SpeechRunner(tiny, max_slots=3)
+    clips = [noise(seconds, seed) for seed, seconds in enumerate((2.0, 3.0, 2.5))]
+    runner.start([runner.plan(clip) for clip in clips])
+    said = [[], [], []]
+    for rows in (slice(1, 3), slice(0, 1), slice(0, 2), slice(2, 3)):
+        for row, token in zip(range(rows.start, rows.stop), runner.step(rows), strict=True):
+            said[row].append(token.id)
+    for clip, ids in zip(clips, said, strict=True):
+        assert ids == generate_alone(tiny, clip)[:2]
+
+
+def test_a_repetition_penalty_is_that_of_transformers_on_generated_tokens(tiny):
+    runner = SpeechRunner(tiny, max_slots=2)
+    driver = Driver(runner)
+    clip = noise(4.0, 3)
+    driver.start(
+        (0, runner.plan(clip)), (1, runner.plan(clip, decoding=Decoding(repetition_penalty=1.4)))
+    )
+    driver.finish()
+    assert driver.said[0].token_ids == generate_alone(tiny, clip)
+    assert driver.said[1].token_ids == generate_alone(tiny, clip, penalty=1.4)
+    assert driver.said[0].token_ids != driver.said[1].token_ids
+
+
+def test_a_restarted_row_answers_as_if_it_had_begun_under_the_penalty(tiny):
+    runner = SpeechRunner(tiny, max_slots=2)
+    driver = Driver(runner)
+    clips = [noise(4.0, 3), noise(3.0, 4)]
+    driver.start(*((i, runner.plan(clip)) for i, clip in enumerate(clips)))
+    for _ in range(5):
+        driver.step()
+    runner.restart(0, 1.4)
+    driver.said[0].token_ids.clear()
+    driver.finish()
+    assert driver.said[0].token_ids == generate_alone(tiny, clips[0], penalty=1.4)
+    assert driver.said[1].token_ids == generate_alone(tiny, clips[1])
+
+
+def test_a_prompt_of_a_request_reaches_only_its_own_row(tiny):
+    runner = SpeechRunner(tiny, max_slots=2)
+    driver = Driver(runner)
+    clip = noise(4.0, 1)
+    driver.start((0, runner.plan(clip)), (1, runner.plan(clip, "zero one two three")))
+    driver.finish()
+    assert driver.said[0].token_ids == generate_alone(tiny, clip)
+    assert driver.said[1].token_ids == generate_alone(tiny, clip, prompt="zero one two three")
+    assert driver.said[0].token_ids != driver.said[1].token_ids
+
+
+def test_what_does_not_fit_into_a_slot_is_refused_by_name(tiny):
+    runner = SpeechRunner(tiny, max_slots=1)
+    with pytest.raises(InvalidRequestError, match="there is room for") as refusal:
+        runner.plan(noise(1.0), "zero one " * 400)
+    assert refusal.value.param == "prompt"
+    assert runner.plan(noise(30.0), "zero one " * 20)
+
+
+def test_max_tokens_is_capped_by_the_audio_s_duration(tiny):
+    runner = SpeechRunner(tiny, max_slots=1)
+    assert runner.plan(noise(2.0)).max_tokens == 12
+    assert runner.plan(noise(2.0), decoding=Decoding(max_tokens=5)).max_tokens == 5
+    assert runner.plan(noise(2.0), decoding=Decoding(max_tokens=500)).max_tokens == 12
+
+
+def test_nan_in_one_row_is_told_and_outlives_neither_the_row_nor_its_slot(tiny):
+    runner = SpeechRunner(tiny, max_slots=2)
+    poisoned = dataclasses.replace(
+        runner.plan(noise(2.0)), waveform=np.full(32_000, np.nan, np.float32)
+    )
+    clips = [noise(1.5, 1), noise(3.0, 2)]
+    runner.start([poisoned, runner.plan(clips[0])])
+    tokens = runner.step(slice(0, 2))
+    assert tokens[0] is None
+    assert tokens[1].id == generate_alone(tiny, clips[0])[0]
+    runner.release(0, failed=True)
+    runner.release(0)
+    driver = Driver(runner)
+    driver.start(*((i, runner.plan(clip)) for i, clip in enumerate(clips)))
+    driver.finish()
+    assert [driver.said[i].token_ids for i in (0, 1)] == [generate_alone(tiny, c) for c in clips]
+
+
+def test_a_start_that_fails_leaves_the_slots_as_they_were(tiny):
+    runner = SpeechRunner(tiny, max_slots=2)
+    plan = runner.plan(noise(2.0))
+    too_few_positions = dataclasses.replace(plan, input_ids=plan.input_ids[8:])
+    with pytest.raises(RuntimeError, match="audio positions"):
+        runner.start([plan, too_few_positions])
+    driver = Driver(runner)
+    driver.start((0, plan), (1, runner.plan(noise(1.0, 1))))
+    driver.finish()
+    assert driver.said[0].token_ids == generate_alone(tiny, noise(2.0))
+
+
+def test_the_budget_decides_how_many_slots_there_are(tiny):
+    one = SpeechRunner(tiny, max_slots=1).kv_cache_bytes
+    runner = SpeechRunner(tiny, max_slots=8, kv_cache_bytes=3 * one + one // 2)
+    assert (runner.n_slots, runner.kv_cache_bytes) == (3, 3 * one)
+    with pytest.raises(ValueError, match=r"tokens takes .* MiB .* budget is"):
+        SpeechRunner(tiny, max_slots=8, kv_cache_bytes=one - 1)
+
+
+def test_warming_up_and_probing_leave_nothing_behind(tiny):
+    runner = SpeechRunner(tiny, max_slots=1)
+    runner.warm_up()
+    runner.probe()
+    driver = Driver(runner)
+    driver.start((0, runner.plan(noise(2.0))))
+    driver.finish()
+    assert driver.said[0].token_ids == generate_alone(tiny, noise(2.0))
+
+
+def test_the_encoder_s_window_is_known(tmp_path, tiny):
+    assert SpeechRunner(tiny, max_slots=1).window_s == 0.0
+    make_tiny_checkpoint(tmp_path, encoder_mode="padded")
+    padded = Transcriber.from_pretrained(tmp_path, device="cpu")
+    assert SpeechRunner(padded, max_slots=1).window_s == 30.0
+
+
+UNFIT = {
+    # It tells positions by the attention mask alone.
+    "bloom": (
+        BloomConfig(vocab_size=320, hidden_size=48, n_layer=1, n_head=4, bos_token_id=2,
+                    eos_token_id=2, pad_token_id=0),
+        "bloom models: they take no position_ids",
+    ),
+    # Some of its layers are convolutions, which keep a state.
+    "lfm2": (
+        Lfm2Config(vocab_size=320, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                   num_attention_heads=4, num_key_value_heads=2,
+                   layer_types=["conv", "full_attention"],
+                   bos_token_id=None, eos_token_id=2, pad_token_id=0),
+        "lfm2 models with layers of conv",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_an_llm_that_slots_cannot_serve_is_refused_by_name(tmp_path, family):
+    config, reason = UNFIT[family]
+    make_tiny_checkpoint(tmp_path, llm_config=config, ctc="none")
+    transcriber = Transcriber.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match=reason):
+        SpeechRunner(transcriber, max_slots=1)
+
+
+def test_an_attention_that_slots_cannot_mask_is_refused_by_name(tmp_path):
+    transcriber = make_speech_model(tmp_path, "llama")
+    transcriber.model.llm.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="sdpa and eager, not 'flex_attention'"):
+        SpeechRunner(transcriber, max_slots=1)
+
+
+def test_eager_attention_says_what_sdpa_says(tmp_path):
+    transcriber = make_speech_model(tmp_path, "llama")
+    expected = generate_alone(transcriber, noise(3.0))
+    transcriber.model.llm.set_attn_implementation("eager")
+    driver = Driver(SpeechRunner(transcriber, max_slots=2))
+    driver.start(*((i, driver.runner.plan(noise(3.0 - i))) for i in range(2)))
+    driver.finish()
+    assert driver.said[0].token_ids == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_in_fp32_the_answers_are_those_of_generate(tiny_checkpoint):
+    transcriber = Transcriber.from_pretrained(tiny_checkpoint, device="cuda", dtype="fp32")
+    runner = SpeechRunner(transcriber, max_slots=4)
+    driver = Driver(runner)
+    clips = [noise(seconds, seed) for seed, seconds in enumerate(SECONDS[:4])]
+    driver.start(*((i, runner.plan(clip)) for i, clip in enumerate(clips)))
+    driver.finish()
+    on_cpu = Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+    assert [driver.said[i].token_ids for i in range(4)] == [
+        generate_alone(on_cpu, c) for c in clips
+    ]
