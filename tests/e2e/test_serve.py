@@ -117,14 +117,17 @@ def test_a_client_that_leaves_frees_its_slot(server):
         f"POST /transcribe HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-length: {len(body)}\r\n"
         f"content-type: {request.headers['content-type']}\r\n\r\n"
     ).encode()
+    left = 'speechllm_requests_total{endpoint="/transcribe",method="POST",status="499"}'
+    before = metric(client, left)
     for _ in range(3):
         with socket.create_connection((url.hostname, url.port)) as connection:
             connection.sendall(head + body)
     pause = threading.Event()
-    for _ in range(200):
-        if metric(client, "speechllm_requests_admitted") == 0:
+    for _ in range(600):
+        if metric(client, left) == before + 3:
             break
         pause.wait(0.05)
+    assert metric(client, left) == before + 3
     assert metric(client, "speechllm_requests_admitted") == 0
     assert metric(client, "speechllm_requests_in_flight") == 1  # this one
 
@@ -138,7 +141,7 @@ def test_an_upload_that_stalls_is_refused(server):
     ).encode()
     with socket.create_connection((url.hostname, url.port), timeout=30) as connection:
         connection.sendall(head)
-        answer = connection.recv(65_536).decode()
+        answer = b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
     assert answer.startswith("HTTP/1.1 408 ")
     assert '"code":"upload_stalled"' in answer
     assert post(client, encode(tone(0.2))).status_code == 200
