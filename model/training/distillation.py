@@ -84,4 +84,5 @@ class WhisperTeacher:
         taught = torch.tensor([len(ids) + 1 for ids in targets], device=frames.device)
         hidden = hidden[:, skipped:]
         logits = self._whisper.proj_out(hidden[length_mask(taught, hidden.shape[1])])
-        return logits.float().softmax(-1)
+        probabilities: Tensor = logits.float().softmax(-1)
+        return probabilities
