@@ -179,6 +179,7 @@ def test_contradicting_options_are_refused(fresh_model, utterances, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers_train_to_the_same_losses(fresh_model, utterances):
     losses = []
     for compiled in (False, True):

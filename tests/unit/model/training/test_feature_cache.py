@@ -12,7 +12,7 @@ from model.training import feature_cache
 from model.training.caching import CachingConfig, write_cache
 from model.training.feature_cache import FeatureCache, fingerprint, merge_clips
 
-CONFIG = CachingConfig(max_batch_audio_s=2.0)
+CONFIG = CachingConfig(max_batch_audio_s=2.0, precision="fp32")
 
 
 @pytest.fixture
