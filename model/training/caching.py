@@ -102,7 +102,7 @@ def write_cache(
 def _source(utterances: Sequence[Utterance], config: CachingConfig) -> str:
     """Fingerprint of what decides a clip's content under its id (its number and its copy's)."""
     rows = [[u.id, u.text, u.duration] for u in utterances]
-    fields = [rows, config.seed, config.noise_dir, config.max_audio_s]
+    fields = [rows, config.seed, config.noise_dir, config.max_audio_s, config.precision]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 
