@@ -82,7 +82,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
 
 def _load_runner(settings: Settings) -> Runner:
     # Importing torch takes seconds; in the device's thread it delays no health check.
-    from server.engine.runner import SpeechRunner  # noqa: PLC0415
+    from server.engine.runner import SpeechRunner  # noqa: PLC0415 - see above
 
     return SpeechRunner.load(
         settings.model,

@@ -314,7 +314,7 @@ class ConnectorStage:
             model.ctc_head.requires_grad_(config.ctc_weight > 0)  # else it takes part in no loss
         teacher = None
         if config.teacher is not None:
-            teacher = WhisperTeacher(config.teacher, processor, model.device)
+            teacher = WhisperTeacher(config.teacher, processor)
             if cached and not teacher.has_encoder(model.encoder):
                 raise ValueError(f"{config.teacher}: its encoder is not the one of the cache")
         self._module = ConnectorObjective(model, processor, config, teacher)

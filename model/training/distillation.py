@@ -28,23 +28,25 @@ if TYPE_CHECKING:
 class WhisperTeacher:
     """A frozen Whisper, run on the batches that the speech LLM is trained on."""
 
-    def __init__(
-        self, folder: str, processor: SpeechLLMProcessor, device: torch.device | str
-    ) -> None:
+    def __init__(self, folder: str, processor: SpeechLLMProcessor) -> None:
         """Load it.
 
         Args:
             folder: what `speechllm train whisper` wrote.
             processor: the speech LLM's.
-            device: where both run.
 
         Raises:
             CheckpointError: there is no Whisper, or its tensors do not fit.
-            ValueError: its tokens are not the LLM's.
+            ValueError: its tokens are not the LLM's, or its encoder runs in another mode.
         """
-        transcriber = WhisperTranscriber.from_pretrained(folder, str(device), "fp32")
+        transcriber = WhisperTranscriber.from_pretrained(folder, "cpu", "fp32")
         if transcriber.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
             raise ValueError(f"{folder}: its tokens are not the LLM's, so it cannot teach it")
+        if transcriber.encoder_mode != processor.encoder_mode:
+            raise ValueError(
+                f"{folder}: its encoder runs in mode {transcriber.encoder_mode}, the speech LLM's "
+                f"in mode {processor.encoder_mode}"
+            )
         self._whisper = transcriber.whisper.requires_grad_(False).eval()
         use_fast_attention(self._whisper)
         self._prefix = transcriber.prefix_ids
@@ -61,6 +63,7 @@ class WhisperTeacher:
     @torch.no_grad()
     def encode(self, input_features: Tensor, feature_lens: Tensor) -> Tensor:
         """Frames (B, F, D) of log-mel features (B, M, T), by the teacher's own encoder."""
+        self._whisper.to(input_features.device)  # the loop has placed the student meanwhile
         return encode(self._whisper.model.encoder, input_features, feature_lens, self._mode)[0]
 
     @torch.no_grad()
@@ -75,6 +78,7 @@ class WhisperTeacher:
         Returns:
             (sum over clips of L + 1, V) float32.
         """
+        self._whisper.to(frames.device)
         inputs = pad_targets([self._prefix + ids for ids in targets], self._pad_id)
         with masked_cross_attention(self._whisper, length_mask(frame_lens, frames.shape[1])):
             hidden = self._whisper.model.decoder(

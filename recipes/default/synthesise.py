@@ -264,7 +264,7 @@ def main() -> None:
     held_out = held_out_sentences(options.manifests)
     english = read_sentences(options.text_dir / "en.txt", held_out, rng)
     mongolian = read_sentences(options.text_dir / "mn.txt", held_out, rng)
-    orders = tuple(read_orders(options.manifests, random.Random(options.seed)))  # noqa: S311
+    orders = tuple(read_orders(options.manifests, random.Random(options.seed)))  # noqa: S311 - a plan, no secret
     plan = make_plan(english, mongolian, options.english, options.mongolian, rng, orders)
     options.output.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, object]]] = defaultdict(list)

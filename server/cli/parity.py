@@ -104,5 +104,5 @@ def _print(comparisons: list[Comparison], clips: int) -> None:
         typer.echo(f"{row[0]:<18}" + "".join(f"{cell:>14}" for cell in row[1:]))
     for each in comparisons:
         if each.differing:
-            more = " …" if len(each.differing) > 5 else ""  # noqa: PLR2004
+            more = " …" if len(each.differing) > 5 else ""  # noqa: PLR2004 - as many as a line holds
             typer.echo(f"{each.name} differs on: {' '.join(each.differing[:5])}{more}")

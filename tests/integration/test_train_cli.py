@@ -141,6 +141,16 @@ def test_whisper_stage_goes_on_with_what_it_wrote(work: Path, tmp_path: Path) ->
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
 
 
+def test_new_parameters_first_leaves_the_pretrained_ones_alone(work: Path, tmp_path: Path) -> None:
+    first = ["--new-parameters-first-steps", 1000, "--output", tmp_path]
+    run("train", "whisper", *whisper_options(work), *first)
+    before, after = (load_file(f / "model.safetensors") for f in (work / "base", tmp_path))
+    embedding = "model.decoder.embed_tokens.weight"
+    assert after[embedding].shape != before[embedding].shape  # made anew
+    for name in after.keys() - {embedding, "proj_out.weight"}:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
+
+
 def test_a_tuned_share_lies_between_the_first_encoder_and_the_tuned_one(
     work: Path, tmp_path: Path
 ) -> None:

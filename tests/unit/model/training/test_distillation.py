@@ -20,14 +20,14 @@ TARGETS = [[40, 41, 42], [], [43]]
 def teacher_folder(tmp_path, fresh_model):
     """Make a Whisper; with a model, its encoder is the model's."""
 
-    def make(model=None, lines=SENTENCES):
+    def make(model=None, lines=SENTENCES, mode="trimmed"):
         tokenizer = train_tokenizer(lines * 4, vocab_size=320)
         torch.manual_seed(1)
         config = WhisperConfig(
             d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64,
             decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=64,
             vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=2, eos_token_id=2,
-            decoder_start_token_id=1, init_std=0.5, encoder_mode="trimmed",
+            decoder_start_token_id=1, init_std=0.5, encoder_mode=mode,
         )  # fmt: skip
         whisper = WhisperForConditionalGeneration(config)
         if model is not None:
@@ -50,7 +50,7 @@ def make_stage(fresh_model, train, **fields):
 
 
 def test_probabilities_are_those_of_each_clip_alone(fresh_model, teacher_folder):
-    teacher = WhisperTeacher(teacher_folder(), fresh_model()[1], "cpu")
+    teacher = WhisperTeacher(teacher_folder(), fresh_model()[1])
     frames = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
     lens = torch.tensor([20, 7, 12])
     together = teacher.probabilities(frames, lens, TARGETS)
@@ -116,6 +116,11 @@ def test_a_teacher_with_another_encoder_than_the_cache_s_is_refused(
     cached = merge_clips([FeatureCache(tmp_path / "cache", fingerprint(model, processor))])
     with pytest.raises(ValueError, match="its encoder is not the one of the cache"):
         make_stage(fresh_model, cached, teacher=teacher_folder())
+
+
+def test_a_teacher_in_another_encoder_mode_is_refused(fresh_model, utterances, teacher_folder):
+    with pytest.raises(ValueError, match="in mode padded, the speech LLM's in mode trimmed"):
+        make_stage(fresh_model, utterances, teacher=teacher_folder(mode="padded"))
 
 
 def test_a_missing_teacher_is_refused(fresh_model, utterances, tmp_path):
