@@ -53,6 +53,7 @@ class WhisperStageConfig(BaseModel):
     new_parameters_first_steps: int = Field(
         0, ge=0, description="optimiser steps in which nothing but the tensors made anew is trained"
     )
+    encoder_lr_scale: float = Field(1.0, gt=0)
     tuned_share: float = Field(
         1.0, gt=0, le=1, description="of the stored encoder; the rest is the one it started from"
     )
@@ -230,10 +231,17 @@ class WhisperStage:
         anew = [] if self._module.ctc_head is None else list(self._module.ctc_head.parameters())
         if self.config.tokenizer is not None:
             anew.append(self.whisper.model.decoder.embed_tokens.weight)
-        known = {id(parameter) for parameter in anew}
-        body = [p for p in self._module.parameters() if p.requires_grad and id(p) not in known]
+        encoder = list(self.whisper.model.encoder.parameters())
+        known = {id(parameter) for parameter in [*anew, *encoder]}
+        decoder = [p for p in self._module.parameters() if p.requires_grad and id(p) not in known]
+        frozen_steps = self.config.new_parameters_first_steps
         groups: list[dict[str, Any]] = [
-            {"params": body, "frozen_steps": self.config.new_parameters_first_steps}
+            {"params": decoder, "frozen_steps": frozen_steps},
+            {
+                "params": [p for p in encoder if p.requires_grad],
+                "frozen_steps": frozen_steps,
+                "lr_scale": self.config.encoder_lr_scale,
+            },
         ]
         if anew:
             groups.append({"params": anew, "lr_scale": self.config.new_parameters_lr_scale})

@@ -207,6 +207,7 @@ def train_whisper(
     dropout: Annotated[float, typer.Option()] = 0.0,
     spec_augment: Annotated[bool, typer.Option(help="SpecAugment.")] = False,
     new_parameters_lr_scale: Annotated[float, typer.Option()] = 5.0,
+    encoder_lr_scale: Annotated[float, typer.Option()] = 1.0,
     tuned_share: Annotated[
         float, typer.Option(help="Of the stored encoder; the rest is the one it started from.")
     ] = 1.0,
@@ -224,7 +225,8 @@ def train_whisper(
         whisper=whisper, tokenizer=tokenizer, init=init, encoder_mode=encoder_mode,
         ctc_weight=ctc_weight, label_smoothing=label_smoothing, dropout=dropout,
         spec_augment=spec_augment, new_parameters_lr_scale=new_parameters_lr_scale,
-        new_parameters_first_steps=new_parameters_first_steps, tuned_share=tuned_share, data=data,
+        new_parameters_first_steps=new_parameters_first_steps, encoder_lr_scale=encoder_lr_scale,
+        tuned_share=tuned_share, data=data,
     )  # fmt: skip
     stage = WhisperStage(
         config, _read(manifest, audio_root), _read(dev, audio_root), language, loop.seed
