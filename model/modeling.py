@@ -169,8 +169,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def embed_audio(self, encoder_frames: Tensor, frame_lens: Tensor) -> EmbeddedAudio:
         """Map encoder frames (B, F, D_enc) into the LLM's embedding space."""
         encoder_frames = encoder_frames.to(next(self.connector.parameters()).dtype)
-        audio_embeds, audio_lens = self.connector(encoder_frames, frame_lens)
-        ctc_logits = self.ctc_head(encoder_frames) if self.ctc_head is not None else None
+        adapted = self.connector.adapt(encoder_frames, frame_lens)
+        audio_embeds, audio_lens = self.connector(adapted, frame_lens)
+        ctc_logits = self.ctc_head(adapted) if self.ctc_head is not None else None
         if ctc_logits is not None and self.config.ctc == "fused":
             audio_embeds = audio_embeds + self._expected_token_embeds(ctc_logits, frame_lens)
         counts = None
@@ -259,15 +260,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("input_features and feature_lens belong together")
         if (encoder_frames is None) != (frame_lens is None):
             raise ValueError("encoder_frames and frame_lens belong together")
-        if (
-            self.config.audio_positions == "ctc"
-            and position_ids is None
-            and past_key_values is not None
-            and past_key_values.get_seq_length()
-        ):
-            raise ValueError(
-                "a sequence that goes on needs position_ids: the audio in the cache takes none"
-            )
+        if position_ids is None:
+            self._require_start(past_key_values)
         audio = None
         if input_features is not None and feature_lens is not None:
             encoder_frames, frame_lens = self.encode(input_features, feature_lens)
@@ -277,10 +271,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if audio is not None:
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio)
-            if audio is not None and audio.token_counts is not None:
                 if attention_mask is None:  # else positions that repeat look like packed sequences
                     attention_mask = torch.ones_like(input_ids)
-                position_ids = self.audio_position_ids(input_ids, attention_mask, audio)
+                beside = self.audio_position_ids(input_ids, attention_mask, audio)
+                position_ids = position_ids if beside is None else beside
         outputs = self.llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -304,6 +298,13 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ctc_logits=audio.ctc_logits if audio is not None else None,
             frame_lens=audio.frame_lens if audio is not None else None,
         )
+
+    def _require_start(self, past_key_values: Cache | None) -> None:
+        goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if goes_on and self.config.audio_positions == "ctc":
+            raise ValueError(
+                "a sequence that goes on needs position_ids: the audio in the cache takes none"
+            )
 
     def _insert_audio(
         self, input_ids: Tensor, inputs_embeds: Tensor, audio: EmbeddedAudio

@@ -137,6 +137,9 @@ def parts(
         int, typer.Option(min=1, help="Encoder frames in one audio embedding.")
     ] = 5,
     connector_hidden_size: Annotated[int, typer.Option(min=1)] = 2048,
+    connector_convolutions: Annotated[
+        int, typer.Option(min=0, help="Convolution modules before connector and CTC head.")
+    ] = 0,
     ctc: Annotated[str, typer.Option(help="none, auxiliary or fused.")] = "none",
     audio_positions: Positions = "sequence",
     prompt: Annotated[str | None, typer.Option(help="What the user turn asks.")] = None,
@@ -148,8 +151,11 @@ def parts(
 
     return Parts(
         encoder=encoder, llm=llm,
-        connector={"stack_size": stack_size, "hidden_size": connector_hidden_size}, ctc=ctc,
-        encoder_mode=encoder_mode, prompt=DEFAULT_PROMPT if prompt is None else prompt,
+        connector={
+            "stack_size": stack_size, "hidden_size": connector_hidden_size,
+            "convolutions": connector_convolutions,
+        },
+        ctc=ctc, encoder_mode=encoder_mode, prompt=DEFAULT_PROMPT if prompt is None else prompt,
         languages=tuple(language or ()), random_encoder=random_encoder,
         audio_positions=audio_positions,
     )  # fmt: skip
@@ -211,7 +217,7 @@ def train_whisper(
     dropout: Annotated[float, typer.Option()] = 0.0,
     spec_augment: Annotated[bool, typer.Option(help="SpecAugment.")] = False,
     new_parameters_lr_scale: Annotated[float, typer.Option()] = 5.0,
-    encoder_lr_scale: Annotated[float, typer.Option()] = 1.0,
+    encoder_lr_scale: Annotated[float, typer.Option(help="0 leaves the encoder as it is.")] = 1.0,
     tuned_share: Annotated[
         float, typer.Option(help="Of the stored encoder; the rest is the one it started from.")
     ] = 1.0,

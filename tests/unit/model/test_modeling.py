@@ -33,7 +33,11 @@ def clips() -> list[np.ndarray]:
 @pytest.fixture(scope="module", params=["sequence", "ctc"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
-    make_tiny_checkpoint(folder, audio_positions=request.param)
+    make_tiny_checkpoint(
+        folder,
+        audio_positions=request.param,
+        connector={"stack_size": 4, "hidden_size": 64, "convolutions": 1},
+    )
     return folder
 
 
