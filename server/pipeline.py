@@ -4,62 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 from server.audio.limits import check_header
 from server.audio.probe import probe
 from server.engine.interface import EngineRequest
 from server.errors import DeadlineExceededError
+from server.transcription import Segment, StageTimings, Transcription
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from server.audio.clip import Clip
+    from server.engine.interface import EngineResult, Piece
+    from server.options import TranscribeOptions
     from server.runtime import Runtime
 
 
-@dataclass(frozen=True, slots=True)
-class StageTimings:
-    """Seconds an upload spent in each stage.
-
-    Attributes:
-        decode: waiting for a decoding process, and decoding.
-        queue: waiting for its turn.
-        encode: its batch's time from waveforms to audio embeddings.
-        generate: from its audio embeddings to its text.
-        total: from the request's first byte to the answer, the upload included.
-    """
-
-    decode: float
-    queue: float
-    encode: float
-    generate: float
-    total: float
-
-
-@dataclass(frozen=True, slots=True)
-class Transcription:
-    """An upload's transcript.
-
-    Attributes:
-        text: what was said; empty where nothing was.
-        language: ISO 639-1 code, None where the model does not tell.
-        duration_s: of the audio.
-        timings: seconds by stage.
-    """
-
-    text: str
-    language: str | None
-    duration_s: float
-    timings: StageTimings
-
-
-async def transcribe_upload(
+async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     runtime: Runtime,
     data: bytes,
     *,
     request_id: str,
     started_s: float,
-    prompt: str | None = None,
+    options: TranscribeOptions,
+    on_event: Callable[[str], None] | None = None,
 ) -> Transcription:
     """Transcribe an uploaded file.
 
@@ -68,13 +39,15 @@ async def transcribe_upload(
         data: the file.
         request_id: names the request in logs.
         started_s: monotonic time at which the request began.
-        prompt: replaces the checkpoint's own.
+        options: what the client asks for.
+        on_event: told of each piece of text that is new and final, on the event loop.
 
     Raises:
         ServerError: which of its kinds says why.
     """
     uploaded_s = time.monotonic()
-    deadline_s = uploaded_s + runtime.settings.request_timeout_s
+    timeout_s = runtime.settings.request_timeout_s
+    deadline_s = uploaded_s + min(timeout_s, options.deadline_s or timeout_s)
     limits = runtime.audio_limits
     header = probe(data)
     check_header(header, limits)
@@ -88,7 +61,9 @@ async def transcribe_upload(
             waveform=clip.waveform,
             audio_s=clip.duration_s,
             deadline_s=deadline_s,
-            prompt=prompt,
+            prompt=options.prompt,
+            decoding=options.decoding,
+            on_piece=None if on_event is None else partial(_hand_on, on_event),
         )
         result = await runtime.engine.submit(request)
     timings = StageTimings(
@@ -104,7 +79,36 @@ async def transcribe_upload(
         "first_token": result.first_token_s,
     }
     runtime.metrics.transcribed(clip.duration_s, result, stages_s)
-    return Transcription(result.text, result.language, clip.duration_s, timings)
+    return Transcription(
+        text=result.text,
+        language=options.language or result.language,
+        duration_s=clip.duration_s,
+        segments=_segments(result, clip.duration_s),
+        alignment="segment",
+        timings=timings,
+    )
+
+
+def _segments(result: EngineResult, duration_s: float) -> tuple[Segment, ...]:
+    """One for the whole clip, or none where nothing was said."""
+    if not result.text:
+        return ()
+    segment = Segment(
+        start_s=0.0,
+        end_s=duration_s,
+        text=result.text,
+        words=None,
+        token_ids=result.token_ids,
+        logprobs=result.logprobs,
+        finish_reason=result.finish_reason,
+        hypotheses=result.hypotheses,
+    )
+    return (segment,)
+
+
+def _hand_on(on_event: Callable[[str], None], piece: Piece) -> None:
+    if piece.text:
+        on_event(piece.text)
 
 
 async def _decode(runtime: Runtime, data: bytes, deadline_s: float) -> Clip:
