@@ -84,15 +84,11 @@ def test_a_stream_may_be_left_early(client):
 
 def test_the_asynchronous_client_says_the_same(url, client):
     async def ask():
-        async with AsyncClient(url, api_key=KEY) as client:
-            answers = await asyncio.gather(*(client.transcribe(RECORDING) for _ in range(3)))
-            events = [event async for event in client.stream(RECORDING)]
-            return (
-                answers,
-                events,
-                await client.models(),
-                await client.transcribe_to("text", RECORDING),
-            )
+        async with AsyncClient(url, api_key=KEY) as other:
+            answers = await asyncio.gather(*(other.transcribe(RECORDING) for _ in range(3)))
+            events = [event async for event in other.stream(RECORDING)]
+            text = await other.transcribe_to("text", RECORDING)
+            return answers, events, await other.models(), text
 
     answers, events, models, text = asyncio.run(ask())
     expected = client.transcribe(RECORDING).text
