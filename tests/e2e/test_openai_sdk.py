@@ -180,7 +180,7 @@ def test_errors_are_the_sdks_own(sdk, arguments, kind, code, param):
 
 def test_translations_are_refused_clearly(sdk):
     with (
-        pytest.warns(DeprecationWarning),  # by the SDK
+        pytest.warns(DeprecationWarning, match="deprecated"),  # says the SDK
         pytest.raises(openai.BadRequestError, match="does not translate"),
     ):
         sdk.audio.translations.create(model="whisper-1", file=("a.wav", CLIP))
