@@ -122,7 +122,8 @@ BAD_FORMS = {
     "a file for a text": ({"files": {"file": ("a", b"a"), "prompt": ("b", b"b")}}, "prompt"),
     "unknown query": ({"files": {"file": ("a", b"a")}, "params": {"lang": "mn"}}, "lang"),
     "said twice": (
-        {"files": {"file": ("a", b"a")}, "data": {"vad": "1"}, "params": {"vad": "0"}}, "vad",
+        {"content": b"a", "headers": {"content-type": "audio/wav"}, "params": [("vad", "1")] * 2},
+        "vad",
     ),
     "raw samples of no rate": (
         {"content": b"xx", "headers": {"content-type": "audio/pcm"}}, "rate",

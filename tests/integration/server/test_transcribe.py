@@ -115,6 +115,16 @@ async def test_the_recording_may_be_the_body(client, plain):
     assert response.text == plain["text"] + "\n"
 
 
+async def test_options_of_a_form_may_be_in_the_query_and_the_forms_own_go_first(client, plain):
+    query = {"response_format": "srt", "vad": "false"}
+    response = await client.post("/transcribe", **upload(CLIP), params=query)
+    assert response.text.startswith("1\n00:00:00,000 --> ")
+    response = await client.post(
+        "/transcribe", **upload(CLIP), params=query, data={"response_format": "text"}
+    )
+    assert response.text == plain["text"] + "\n"
+
+
 @pytest.mark.parametrize(
     "media_type", ["audio/pcm;rate=16000", 'audio/pcm; rate="16000"; channels=1']
 )

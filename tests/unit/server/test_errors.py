@@ -2,7 +2,7 @@ import re
 from pathlib import Path
 
 from server import errors
-from server.api.errors import ERROR_TABLE
+from server.api.errors import ERROR_TABLE, UNEXPECTED
 
 
 def leaves(kind):
@@ -27,3 +27,11 @@ def test_the_tree_in_the_docstring_is_the_tree():
     drawn = set(re.findall(r"(\w+Error)\b", errors.__doc__))
     defined = set(re.findall(r"^class (\w+)\(", Path(errors.__file__).read_text(), re.MULTILINE))
     assert drawn == defined
+
+
+def test_the_documentation_lists_every_code_with_its_status():
+    documented = set()
+    text = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
+    for status, codes in re.findall(r"^\| (\d{3}) \| ([^|]+) \|", text, re.MULTILINE):
+        documented |= {(int(status), code) for code in re.findall(r"`(\w+)`", codes)}
+    assert documented == {(kind.status, kind.code) for kind in [*ERROR_TABLE.values(), UNEXPECTED]}
