@@ -88,11 +88,13 @@ def _json_of(
     runtime: Runtime, form: TranscribeForm, transcription: Transcription
 ) -> dict[str, Any]:
     if form.response_format == "verbose_json":
-        return answers.own_verbose_json(transcription, form.temperature)
+        return answers.own_verbose_json(
+            transcription, temperature=form.temperature, words=form.timestamps == "word"
+        )
     return answers.own_json(
         runtime,
         transcription,
-        segments=form.timestamps not in {None, "none"},
+        timestamps=form.timestamps or "none",
         hypotheses=form.n_best > 1,
         logprobs=form.logprobs,
     )
