@@ -55,18 +55,15 @@ def own_json(
         duration=transcription.duration_s,
         timings=_timings(transcription),
     )
-    fields = {"text", "language", "duration", "timings"}
     if timestamps != "none" or hypotheses:
         body.alignment = transcription.alignment
         body.segments = [
             _segment(segment, words=timestamps == "word", hypotheses=hypotheses)
             for segment in transcription.segments
         ]
-        fields |= {"alignment", "segments"}
     if logprobs:
         body.logprobs = _logprobs(runtime, transcription)
-        fields.add("logprobs")
-    return _dump(body, fields)
+    return body.model_dump(exclude_unset=True)
 
 
 def own_verbose_json(
@@ -135,7 +132,3 @@ def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBod
             for piece, logprob in zip(pieces, segment.logprobs or (), strict=False)
         ]
     return answers
-
-
-def _dump(body: TranscriptionBody, fields: set[str]) -> dict[str, Any]:
-    return body.model_dump(include=fields, exclude_unset=True)

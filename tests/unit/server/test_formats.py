@@ -171,7 +171,7 @@ def test_verbose_json_tells_what_is_known_and_null_for_the_rest():
 def test_words_are_null_where_the_checkpoint_cannot_place_them():
     unplaced = transcription(segment(0.0, 1.0, "hello"))
     assert formats.to_verbose_json(unplaced, temperature=0.0, words=True)["words"] is None
-    placed = transcription(spaced("hello there"))
+    placed = transcription(spaced("hello there"), segment(2.0, 3.0, "a text that did not fit"))
     body = formats.to_verbose_json(placed, temperature=0.0, words=True, segments=False)
     assert [each["word"] for each in body["words"]] == ["hello", "there"]
     assert "segments" not in body
