@@ -81,6 +81,16 @@ def wait_until_ready(server, client):
 
 
 @pytest.fixture(scope="session")
+def open_server(tiny_checkpoint):
+    """A server that asks for no keys, and a client; shared, so tests leave it as it was."""
+    with serve("--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1") as (
+        process,
+        client,
+    ):
+        yield process, client
+
+
+@pytest.fixture(scope="session")
 def start_server():
     return serve
 
