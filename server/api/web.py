@@ -71,6 +71,4 @@ async def file(name: str) -> FileResponse:
 
 def _file(name: str, headers: dict[str, str]) -> FileResponse:
     path = _FILES[name]
-    return FileResponse(
-        path, media_type=_MEDIA_TYPES[path.suffix], headers={**_FRESH, **headers}
-    )
+    return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix], headers={**_FRESH, **headers})
