@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
+    from server.api.forms import TranscribeForm
     from server.client import AsyncClient, Options, ResponseFormat
-    from server.options import TranscribeOptions
     from server.runtime import Runtime
 
 _NO_LIMIT_S = 30 * 24 * 3600.0  # one's own files, in one's own time
@@ -94,9 +94,10 @@ async def in_process(
         fields = {name: str(value) for name, value in options.items()}
         try:
             asked = parse_form(TranscribeForm, {**fields, "response_format": form}.items())
-            yield _InProcess(runtime, form, asked.options(runtime.engine.languages))
+            transcriber = _InProcess(runtime, asked)
         except RequestError as error:
             raise BadOptionError(error.message) from error
+        yield transcriber
     finally:
         await runtime.stop()
 
@@ -104,13 +105,14 @@ async def in_process(
 class _InProcess:
     """The server's pipeline without HTTP."""
 
-    def __init__(self, runtime: Runtime, form: ResponseFormat, options: TranscribeOptions) -> None:
+    def __init__(self, runtime: Runtime, form: TranscribeForm) -> None:
         self._runtime = runtime
         self._form = form
-        self._options = options
+        self._options = form.options(runtime.engine.languages)
 
     async def __call__(self, name: str, data: bytes, /) -> str:
-        from server.api import answers
+        from server.api.answers import FILE_FORMATS
+        from server.api.transcribe import json_body
         from server.errors import ServerError
         from server.pipeline import transcribe_upload
 
@@ -124,19 +126,10 @@ class _InProcess:
             )
         except ServerError as error:
             raise _failure(error) from error
-        if self._form in answers.FILE_FORMATS:
-            write, _ = answers.FILE_FORMATS[self._form]
+        if self._form.response_format in FILE_FORMATS:
+            write, _ = FILE_FORMATS[self._form.response_format]
             return write(transcription)
-        if self._form == "verbose_json":
-            body = answers.own_verbose_json(transcription, self._options.decoding.temperature)
-        else:
-            body = answers.own_json(
-                self._runtime,
-                transcription,
-                segments=self._options.timestamps != "none",
-                hypotheses=False,
-                logprobs=False,
-            )
+        body = json_body(self._runtime, self._form, transcription)
         return json.dumps(body, ensure_ascii=False)
 
 

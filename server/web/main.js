@@ -95,7 +95,7 @@ async function startRecording() {
   const end = () => {
     session?.close();
     canvas.hidden = live.hidden = true;
-    find("record-status").textContent = "";
+    find("record-status").textContent = find("record-time").textContent = "";
   };
   try {
     await recorder.start((block) => {
@@ -104,7 +104,7 @@ async function startRecording() {
       levels.shift();
       levels.push(block.reduce((peak, sample) => Math.max(peak, Math.abs(sample)), 0) / 32768);
       draw(canvas, levels, 1);
-      find("record-status").textContent = `Recording ${Math.floor(samples / recorder.rate)} s`;
+      find("record-time").textContent = `${Math.floor(samples / recorder.rate)} s`;
     });
   } catch (error) {
     recorder.cancel();
@@ -112,6 +112,7 @@ async function startRecording() {
     throw error;
   }
   canvas.hidden = false;
+  find("record-status").textContent = "Recording";
   live.textContent = "";
   if (hasLive && recorder.rate === LIVE_RATE) {
     session = new LiveSession((text) => {
