@@ -49,7 +49,8 @@ def speech(tmp_path_factory):
     if shutil.which("espeak-ng") is None:
         pytest.skip("no espeak-ng; Debian has a package of that name")
     path = tmp_path_factory.mktemp("speech") / "two sentences.wav"
-    text = f"<speak>{'<break time="1500ms"/>'.join(SENTENCES)}<break time='500ms'/></speak>"
+    pause = "<break time='1500ms'/>"
+    text = f"<speak>{pause.join([*SENTENCES, ''])}</speak>"
     command = ["espeak-ng", "-v", "en-us", "-m", "-w", str(path), text]
     subprocess.run(command, check=True, capture_output=True)
     return path
