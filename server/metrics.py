@@ -19,7 +19,7 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from server.engine.interface import EngineResult, EngineStats, IterationReport
 
@@ -71,13 +71,14 @@ class Metrics:
         )
         self._clip_seconds = Histogram(
             "speechllm_clip_seconds",
-            "Length of the transcribed clips, seconds.",
+            "Length of the transcribed recordings, seconds.",
             buckets=_CLIP_SECONDS,
             registry=registry,
         )
         self._transcripts = Counter(
             "speechllm_transcripts",
-            "Transcripts by how they ended: stop, length (token cap), loop or empty.",
+            "Transcripts of clips by how they ended: stop, length (token cap), loop, empty, or "
+            "no_speech, which the model did not hear.",
             ["outcome"],
             registry=registry,
         )
@@ -182,13 +183,18 @@ class Metrics:
         """Count an error answer."""
         self._refused.labels(code).inc()
 
-    def transcribed(self, audio_s: float, result: EngineResult, stages_s: dict[str, float]) -> None:
-        """Count a transcription; `stages_s` has its seconds by stage."""
+    def transcribed(
+        self, audio_s: float, results: Sequence[EngineResult], stages_s: dict[str, float]
+    ) -> None:
+        """Count a transcription; `results` are of its pieces, `stages_s` its seconds by stage."""
         for stage, seconds in stages_s.items():
             self._stages.labels(stage).observe(seconds)
         self._clip_seconds.observe(audio_s)
-        self._transcripts.labels(result.finish_reason if result.text else "empty").inc()
-        self._tokens.inc(len(result.token_ids))
+        for result in results:
+            self._transcripts.labels(result.finish_reason if result.text else "empty").inc()
+            self._tokens.inc(len(result.token_ids))
+        if not results:
+            self._transcripts.labels("no_speech").inc()
 
     def iterated(self, report: IterationReport) -> None:
         """Count an iteration; called from the device's thread."""

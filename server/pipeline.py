@@ -2,114 +2,133 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from server.audio.clip import SAMPLE_RATE_HZ
 from server.audio.limits import check_header
 from server.audio.probe import probe
 from server.engine.interface import EngineRequest
-from server.errors import DeadlineExceededError
+from server.longform import Deadline, RecordingTranscriber
+from server.transcription import Segment, StageTimings, Transcription
 
 if TYPE_CHECKING:
-    from server.audio.clip import Clip
+    from collections.abc import Callable
+
+    from server.audio.probe import Probe
+    from server.longform import Recording, Transcribed
+    from server.options import TranscribeOptions
     from server.runtime import Runtime
+    from server.transcription import Alignment
+
+# What a header that does not tell its length is taken to hold: speech is seldom coded in less.
+_BYTES_PER_AUDIO_S = 2_000
 
 
-@dataclass(frozen=True, slots=True)
-class StageTimings:
-    """Seconds an upload spent in each stage.
-
-    Attributes:
-        decode: waiting for a decoding process, and decoding.
-        queue: waiting for its turn.
-        encode: its batch's time from waveforms to audio embeddings.
-        generate: from its audio embeddings to its text.
-        total: from the request's first byte to the answer, the upload included.
-    """
-
-    decode: float
-    queue: float
-    encode: float
-    generate: float
-    total: float
-
-
-@dataclass(frozen=True, slots=True)
-class Transcription:
-    """An upload's transcript.
-
-    Attributes:
-        text: what was said; empty where nothing was.
-        language: ISO 639-1 code, None where the model does not tell.
-        duration_s: of the audio.
-        timings: seconds by stage.
-    """
-
-    text: str
-    language: str | None
-    duration_s: float
-    timings: StageTimings
-
-
-async def transcribe_upload(
+async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     runtime: Runtime,
     data: bytes,
     *,
     request_id: str,
     started_s: float,
-    prompt: str | None = None,
+    options: TranscribeOptions,
+    on_event: Callable[[str], None] | None = None,
 ) -> Transcription:
-    """Transcribe an uploaded file.
+    """Transcribe an uploaded file of any length that is allowed.
 
     Args:
         runtime: of the server.
         data: the file.
         request_id: names the request in logs.
         started_s: monotonic time at which the request began.
-        prompt: replaces the checkpoint's own.
+        options: what the client asks for.
+        on_event: told of each piece of text that is new and final, on the event loop.
 
     Raises:
         ServerError: which of its kinds says why.
     """
     uploaded_s = time.monotonic()
-    deadline_s = uploaded_s + runtime.settings.request_timeout_s
-    limits = runtime.audio_limits
+    settings, engine, limits = runtime.settings, runtime.engine, runtime.audio_limits
     header = probe(data)
     check_header(header, limits)
-    # A header that does not tell its length may hold as much as is taken.
-    with runtime.engine.admit(header.duration_s or limits.max_audio_s) as ticket:
-        clip = await _decode(runtime, data, deadline_s)
-        ticket.measure(clip.duration_s)
-        decoded_s = time.monotonic()
-        request = EngineRequest(
-            id=request_id,
-            waveform=clip.waveform,
-            audio_s=clip.duration_s,
-            deadline_s=deadline_s,
-            prompt=prompt,
-        )
-        result = await runtime.engine.submit(request)
-    timings = StageTimings(
-        decode=decoded_s - uploaded_s,
-        queue=result.queue_s,
-        encode=result.encode_s,
-        generate=result.generate_s,
-        total=time.monotonic() - started_s,
+    in_flight_s = settings.max_excerpts_in_flight * engine.max_audio_s
+    template = EngineRequest(
+        id=request_id,
+        waveform=np.zeros(0, np.float32),
+        audio_s=0.0,
+        prompt=options.prompt,
+        decoding=options.decoding,
     )
+    latest_s = None if options.deadline_s is None else uploaded_s + options.deadline_s
+    with engine.admit(min(_expected_s(header, data), in_flight_s)) as ticket:
+        transcriber = RecordingTranscriber(
+            engine,
+            template,
+            Deadline(uploaded_s + settings.request_timeout_s, latest_s),
+            in_flight=settings.max_excerpts_in_flight,
+            ticket=ticket,
+            long_recordings=runtime.long_recordings,
+            on_text=on_event,
+        )
+        decoding = runtime.decode_pool.stream(
+            data, limits, max_excerpt_s=engine.max_audio_s, finds_speech=options.vad
+        )
+        recording = await transcriber.run(decoding)
+    transcription = _transcription(recording, options, started_s)
+    _count(runtime, recording, transcription)
+    return transcription
+
+
+def _expected_s(header: Probe, data: bytes) -> float:
+    return header.duration_s or len(data) / _BYTES_PER_AUDIO_S
+
+
+def _transcription(
+    recording: Recording, options: TranscribeOptions, started_s: float
+) -> Transcription:
+    results = [part.result for part in recording.parts]
+    languages = Counter(result.language for result in results if result.language is not None)
+    segments = tuple(_segment(part) for part in recording.parts if part.result.text)
+    alignment: Alignment = "segment"
+    return Transcription(
+        text=" ".join(segment.text for segment in segments),
+        language=options.language or next((name for name, _ in languages.most_common(1)), None),
+        duration_s=recording.duration_s,
+        segments=segments,
+        alignment=alignment,
+        timings=StageTimings(
+            decode=recording.decode_s,
+            queue=sum(result.queue_s for result in results),
+            encode=sum(result.encode_s for result in results),
+            generate=sum(result.generate_s for result in results),
+            total=time.monotonic() - started_s,
+        ),
+    )
+
+
+def _segment(part: Transcribed) -> Segment:
+    """Place an excerpt's answer in the recording."""
+    excerpt, result = part.excerpt, part.result
+    return Segment(
+        start_s=excerpt.speech_start / SAMPLE_RATE_HZ,
+        end_s=excerpt.speech_end / SAMPLE_RATE_HZ,
+        text=result.text,
+        words=None,
+        token_ids=result.token_ids,
+        logprobs=result.logprobs,
+        finish_reason=result.finish_reason,
+    )
+
+
+def _count(runtime: Runtime, recording: Recording, transcription: Transcription) -> None:
+    results = [part.result for part in recording.parts]
     stages_s = {
-        **asdict(timings),
-        "prefill": result.prefill_s,
-        "first_token": result.first_token_s,
+        **asdict(transcription.timings),
+        "prefill": sum(result.prefill_s for result in results),
+        "first_token": results[0].first_token_s if results else 0.0,
     }
-    runtime.metrics.transcribed(clip.duration_s, result, stages_s)
-    return Transcription(result.text, result.language, clip.duration_s, timings)
-
-
-async def _decode(runtime: Runtime, data: bytes, deadline_s: float) -> Clip:
-    try:
-        async with asyncio.timeout(deadline_s - time.monotonic()):
-            return await runtime.decode_pool.decode(data, runtime.audio_limits)
-    except TimeoutError as error:
-        raise DeadlineExceededError("the upload still waited to be decoded") from error
+    runtime.metrics.transcribed(recording.duration_s, results, stages_s)

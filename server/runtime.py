@@ -11,6 +11,7 @@ from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
 from server.errors import NotReadyError, ShuttingDownError
 from server.log import structured
+from server.longform import LongRecordings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,7 @@ class Runtime:
         self.engine = engine
         self.metrics = metrics
         self.decode_pool = DecodePool(settings.decode_workers, settings.decode_timeout_s)
+        self.long_recordings = LongRecordings(settings.max_long_recordings)
         self.failure: Exception | None = None
         self._on_failure = on_failure
         self._state: State = "loading"
@@ -73,9 +75,9 @@ class Runtime:
 
     @property
     def audio_limits(self) -> AudioLimits:
-        """What an upload may hold: the settings' limits and the model's."""
+        """What an upload may hold; what is longer than the model takes is cut."""
         return AudioLimits(
-            max_audio_s=min(self.settings.max_audio_s, self.engine.max_audio_s),
+            max_audio_s=self.settings.max_audio_s,
             max_channels=self.settings.max_channels,
             min_rate_hz=self.settings.min_sample_rate_hz,
             max_rate_hz=self.settings.max_sample_rate_hz,

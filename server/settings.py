@@ -31,9 +31,22 @@ class Settings(BaseSettings):
         30.0, gt=0, description="Longest pause in an upload, seconds; it is then refused."
     )
     max_audio_s: float = Field(
-        30.0,
+        7200.0,
         gt=0,
-        description="Longest clip, seconds of decoded audio; the model's own limit holds besides.",
+        description="Longest recording, seconds of decoded audio; what the model cannot take in "
+        "one piece is cut.",
+    )
+    max_long_recordings: int = Field(
+        4,
+        ge=1,
+        le=256,
+        description="Most recordings under way that had to be cut; more are refused with 429.",
+    )
+    max_excerpts_in_flight: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Most pieces of one recording that wait or run; fewer leave others more room.",
     )
     max_channels: int = Field(2, ge=1, le=64, description="Most channels; they are averaged.")
     min_sample_rate_hz: int = Field(4_000, ge=1, description="Lowest sample rate taken, Hz.")
@@ -42,7 +55,8 @@ class Settings(BaseSettings):
     decode_timeout_s: float = Field(
         20.0,
         gt=0,
-        description="Longest decoding of one upload, seconds; its process is then ended.",
+        description="Longest decoding of half a minute of an upload, seconds; its process is then "
+        "ended.",
     )
 
     max_batch_size: int = Field(
@@ -86,7 +100,10 @@ class Settings(BaseSettings):
         "429.",
     )
     request_timeout_s: float = Field(
-        120.0, gt=0, description="From the upload's end until a request is given up, seconds."
+        120.0,
+        gt=0,
+        description="From the upload's end until a request is given up, seconds; each piece of a "
+        "recording that was cut has as much longer as it lies behind the beginning.",
     )
     drain_timeout_s: float = Field(
         30.0, ge=0, description="After SIGTERM, longest wait for requests in flight, seconds."

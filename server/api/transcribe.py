@@ -12,6 +12,7 @@ from server.api.disconnect import run_while_connected
 from server.api.schemas import ErrorBody, Timings, TranscriptionBody
 from server.api.upload import MAX_PROMPT_CHARACTERS, discard_body, receive_upload
 from server.errors import ServerError
+from server.options import TranscribeOptions
 from server.pipeline import transcribe_upload
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ async def transcribe(request: Request, runtime: RuntimeDependency) -> Transcript
         upload.data,
         request_id=request.state.request_id,
         started_s=request.state.started_s,
-        prompt=upload.prompt,
+        options=TranscribeOptions(prompt=upload.prompt),
     )
     transcription = await run_while_connected(request, work)
     request.state.log_fields = {

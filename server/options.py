@@ -1,0 +1,36 @@
+"""What a client may ask of a transcription, whichever way it asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.engine.decoding import GREEDY
+
+if TYPE_CHECKING:
+    from server.engine.decoding import Decoding
+    from server.transcription import Timestamps
+
+
+@dataclass(frozen=True, slots=True)
+class TranscribeOptions:
+    """Options of one transcription.
+
+    Attributes:
+        language: ISO 639-1 code of what is spoken; None leaves it to the model.
+        prompt: replaces the checkpoint's own.
+        hotwords: words that are likely to be said.
+        timestamps: how finely to place the text in time.
+        decoding: how its tokens are chosen.
+        vad: whether to leave out what is no speech.
+        deadline_s: seconds from the upload's end until the answer is no longer wanted; None leaves
+            it to the server, whose own limit holds anyway.
+    """
+
+    language: str | None = None
+    prompt: str | None = None
+    hotwords: tuple[str, ...] = ()
+    timestamps: Timestamps = "none"
+    decoding: Decoding = GREEDY
+    vad: bool = True
+    deadline_s: float | None = None
