@@ -7,9 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import health, transcribe
+from server.api import docs, health, openai, transcribe
 from server.api.errors import install_error_handlers
+from server.api.health import version
 from server.api.middleware import RequestMiddleware
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
@@ -36,6 +38,10 @@ def create_app(
         settings: the server's options.
         engine: used in place of the one that the settings describe.
         on_failure: called when the model cannot be loaded or has died for good, to end the process.
+
+    Raises:
+        ValueError: an API key is malformed.
+        OSError: the file of API keys cannot be read.
     """
     metrics = Metrics()
     if engine is None:
@@ -53,13 +59,27 @@ def create_app(
     app = FastAPI(
         title="speechllm",
         description="Speech to text with a speech LLM.",
+        version=version(),
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their viewers from elsewhere
+        redoc_url=None,
     )
     app.state.runtime = runtime
     app.add_middleware(RequestMiddleware)
+    if settings.origins:
+        # Outermost, so that a page may read refusals, and preflights need no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # the OpenAI SDK sends a dozen of its own
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
     install_error_handlers(app)
     app.include_router(transcribe.router)
+    app.include_router(openai.router)
     app.include_router(health.router)
+    app.include_router(docs.router)
     return app
 
 

@@ -3,6 +3,10 @@
 ServerError
 ├── RequestError                    the client's doing
 │   ├── InvalidRequestError         the form is not what the endpoint takes
+│   ├── LanguageUnsupportedError    one that the checkpoint does not name
+│   ├── ModelUnknownError           no such model is served
+│   ├── TaskUnsupportedError        something that no speech model here can do
+│   ├── ApiKeyError                 no key, or a wrong one
 │   ├── UploadTooLargeError         more bytes than allowed
 │   ├── UploadStalledError          its bytes have stopped coming
 │   └── AudioError
@@ -15,6 +19,7 @@ ServerError
 │       └── AudioTooLongError       more seconds than allowed
 ├── CapacityError                   come back later
 │   ├── QueueFullError              too many requests wait already
+│   ├── RateLimitedError            the client's key has used up its share
 │   ├── NotReadyError               the model is still loading, or has failed to
 │   └── ShuttingDownError           the server is about to end
 ├── DeadlineExceededError           the answer would come too late
@@ -48,6 +53,22 @@ class RequestError(ServerError):
 
 class InvalidRequestError(RequestError):
     """The form is not what the endpoint takes."""
+
+
+class LanguageUnsupportedError(RequestError):
+    """The checkpoint names its languages, and this is none of them."""
+
+
+class ModelUnknownError(RequestError):
+    """No model of that name is served."""
+
+
+class TaskUnsupportedError(RequestError):
+    """The endpoint exists for its answer only: no checkpoint here can do this."""
+
+
+class ApiKeyError(RequestError):
+    """The request has no key, or a wrong one."""
 
 
 class UploadTooLargeError(RequestError):
@@ -109,6 +130,10 @@ class CapacityError(ServerError):
 
 class QueueFullError(CapacityError):
     """Too many requests wait already."""
+
+
+class RateLimitedError(CapacityError):
+    """The client's key has used up its share."""
 
 
 class NotReadyError(CapacityError):

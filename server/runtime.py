@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
 from server.errors import NotReadyError, ShuttingDownError
+from server.keys import KeyLimits, KeyRing
 from server.log import structured
 from server.longform import LongRecordings
+from server.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,10 +45,26 @@ class Runtime:
             engine: not started yet.
             metrics: shared with the engine.
             on_failure: called when loading has failed or the engine has died, to end the process.
+
+        Raises:
+            ValueError: an API key is malformed.
+            OSError: the file of API keys cannot be read.
         """
         self.settings = settings
         self.engine = engine
         self.metrics = metrics
+        self.keys = KeyRing.from_settings(
+            settings.api_keys.get_secret_value(), settings.api_keys_file
+        )
+        self.key_limits = KeyLimits(
+            max_concurrency=settings.key_max_concurrency,
+            audio_s_per_minute=settings.key_audio_s_per_minute,
+        )
+        # The engine can always fill its next batch from these, and decode beside it.
+        self.turnstile = Turnstile(
+            places=2 * settings.max_batch_size, max_waiting=settings.max_queue_size
+        )
+        self.created_s = int(time.time())
         self.decode_pool = DecodePool(settings.decode_workers, settings.decode_timeout_s)
         self.long_recordings = LongRecordings(settings.max_long_recordings)
         self.failure: Exception | None = None

@@ -49,10 +49,12 @@ async def index(runtime: RuntimeDependency) -> IndexBody:
     """Say what is where."""
     return IndexBody(
         name="speechllm",
-        version=_version(),
+        version=version(),
         model=runtime.settings.model,
         endpoints={
             "POST /transcribe": "a recording in the multipart field 'file' -> its text",
+            "POST /v1/audio/transcriptions": "the same, as OpenAI's API has it",
+            "GET /v1/models": "the models that can be asked for",
             "GET /docs": "this API, to try out",
             "GET /health/ready": "200 while requests are taken",
             "GET /metrics": "for Prometheus",
@@ -60,7 +62,8 @@ async def index(runtime: RuntimeDependency) -> IndexBody:
     )
 
 
-def _version() -> str:
+def version() -> str:
+    """Return the package's version."""
     try:
         return metadata.version("speechllm")
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed

@@ -85,7 +85,11 @@ def serve(settings: Settings) -> None:
     # a good end as a death by signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: None)
-    app = create_app(settings, on_failure=lambda: _end(server))
+    try:
+        app = create_app(settings, on_failure=lambda: _end(server))
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(_BAD_USAGE) from error
     runtime: Runtime = app.state.runtime
     config = uvicorn.Config(
         app,

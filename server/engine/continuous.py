@@ -21,7 +21,7 @@ from server.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from server.engine.admission import Admission, Ticket
     from server.engine.interface import (
@@ -83,6 +83,19 @@ class ContinuousEngine:
         if self._core is None:
             raise NotReadyError("the model is not loaded")
         return self._core.runner.max_audio_s
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """What the checkpoint names."""
+        if self._core is None:
+            raise NotReadyError("the model is not loaded")
+        return self._core.runner.languages
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text."""
+        if self._core is None:
+            raise NotReadyError("the model is not loaded")
+        return self._core.runner.token_bytes(token_ids)
 
     async def start(self) -> None:
         """Load and warm up in the device's thread."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from server.engine.admission import Ticket
+    from server.transcription import Hypothesis
 
 EndReason = FinishReason | Literal["failed"]
 """How a request left the engine; `failed`: it was refused, or the model failed on it."""
@@ -81,6 +82,8 @@ class EngineResult:
         first_token_s: from submission to its first token.
         batch_size: clips it was encoded with.
         logprobs: of the tokens, natural logarithms; None where they were not asked for.
+        hypotheses: the n best answers of a beam search, the best, which is `text`, first; empty
+            where no more than one was asked for.
     """
 
     text: str
@@ -94,6 +97,7 @@ class EngineResult:
     first_token_s: float
     batch_size: int
     logprobs: tuple[float, ...] | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,13 @@ class Engine(Protocol):
     def max_audio_s(self) -> float:
         """Longest clip, seconds; known after `start`."""
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text, in UTF-8; a character may need several tokens."""
+
     async def start(self) -> None:
         """Load and warm up; the loop stays free meanwhile."""
 
@@ -245,6 +256,13 @@ class Runner(Protocol):
     @property
     def max_audio_s(self) -> float:
         """Longest clip, seconds."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text, in UTF-8. Unlike the rest, called from any thread."""
 
     @property
     def window_s(self) -> float:

@@ -27,6 +27,7 @@ from server.engine.decoding import GREEDY, Decoding
 from server.engine.interface import Plan, StartReport
 from server.engine.kv_slots import DecodeMasks, KVSlots, layer_shapes, plan_slots
 from server.engine.sampling import TokenSampler, choose_tokens
+from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
 from server.log import structured
 
@@ -94,6 +95,7 @@ class SpeechRunner:
         self._masks = DecodeMasks(self._llm.config)
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id
+        self._token_bytes = TokenBytes(self._processor.tokenizer)
         plan = plan_slots(
             layer_shapes(self._llm),
             self._llm.dtype,
@@ -133,6 +135,15 @@ class SpeechRunner:
     def max_audio_s(self) -> float:
         """Longest clip, seconds."""
         return float(self._config.max_audio_s)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
+        return tuple(self._config.languages or ())
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text, in UTF-8; safe beside the device's thread."""
+        return [self._token_bytes(token_id) for token_id in token_ids]
 
     @property
     def window_s(self) -> float:
