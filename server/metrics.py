@@ -133,6 +133,33 @@ class Metrics:
             registry=registry,
         )
 
+        self._realtime_sessions = Gauge(
+            "speechllm_realtime_sessions", "Live sessions that are open.", registry=registry
+        )
+        self._realtime_ended = Counter(
+            "speechllm_realtime_sessions_ended",
+            "Live sessions by how they ended: client, idle, expired, slow_reader, shutdown, error.",
+            ["reason"],
+            registry=registry,
+        )
+        self._first_delta_seconds = Histogram(
+            "speechllm_realtime_first_delta_seconds",
+            "From the moment speech was noticed to the first text of its turn.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._finalisation_seconds = Histogram(
+            "speechllm_realtime_finalisation_seconds",
+            "From the end of a turn to its whole transcript.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._contradictions = Counter(
+            "speechllm_realtime_contradictions",
+            "Pieces of turns whose last transcript did not begin with the text sent before.",
+            registry=registry,
+        )
+
     def watch(self, stats: Callable[[], EngineStats], is_ready: Callable[[], bool]) -> None:
         """Read these gauges from the engine whenever they are scraped."""
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
@@ -195,6 +222,24 @@ class Metrics:
             self._tokens.inc(len(result.token_ids))
         if not results:
             self._transcripts.labels("no_speech").inc()
+
+    def realtime_began(self) -> None:
+        """Count a live session in."""
+        self._realtime_sessions.inc()
+
+    def realtime_ended(self, reason: str) -> None:
+        """Count a live session out."""
+        self._realtime_sessions.dec()
+        self._realtime_ended.labels(reason).inc()
+
+    def turn_first_delta(self, seconds: float) -> None:
+        """Count the first text of a turn."""
+        self._first_delta_seconds.observe(seconds)
+
+    def turn_finalised(self, seconds: float, contradictions: int) -> None:
+        """Count a turn's whole transcript."""
+        self._finalisation_seconds.observe(seconds)
+        self._contradictions.inc(contradictions)
 
     def iterated(self, report: IterationReport) -> None:
         """Count an iteration; called from the device's thread."""

@@ -143,6 +143,28 @@ class Settings(BaseSettings):
         30.0, ge=0, description="After SIGTERM, longest wait for requests in flight, seconds."
     )
 
+    realtime_max_sessions: int = Field(
+        32, ge=0, description="Most live sessions at once; more are refused with 429."
+    )
+    realtime_max_session_s: float = Field(
+        3600.0, gt=0, description="Longest live session, seconds."
+    )
+    realtime_idle_timeout_s: float = Field(
+        60.0, gt=0, description="Longest pause in what a live session's client sends, seconds."
+    )
+    realtime_max_buffer_s: float = Field(
+        60.0,
+        ge=1,
+        description="Most audio that a live session holds untranscribed, seconds; what comes "
+        "beyond is refused.",
+    )
+    realtime_partial_interval_ms: int = Field(
+        600,
+        ge=0,
+        description="Audio between two transcripts of a turn that goes on, milliseconds; 0 for "
+        "none before its end.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line that is written."
     )
