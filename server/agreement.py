@@ -42,14 +42,21 @@ class GrowingText:
         new, self._told = agreed[len(self._told) :], agreed
         return self._tell(new, is_first=len(new) == len(agreed))
 
-    def finish(self, transcript: str) -> str:
-        """Take the open piece's last transcript; returns what is new to tell. Opens the next."""
+    def finish(self, transcript: str, *, is_cut: bool = False) -> str:
+        """Take the open piece's last transcript; returns what is new to tell. Opens the next.
+
+        Args:
+            transcript: of the whole piece.
+            is_cut: the audio goes on, and what was told may have been heard behind the cut; the
+                next piece then begins with that.
+        """
         units, told = _units(transcript), self._told
         self._told, self._latest = [], []
-        if units[: len(told)] == told:
-            return self._tell(units[len(told) :], is_first=not told)
-        self.contradictions += 1
-        said = _line_up(told, units)
+        said, carried = _line_up(told, units, may_carry=is_cut)
+        if carried:
+            self._told = [carried[0].lstrip(), *carried[1:]]
+        elif [each.strip() for each in units[:said]] != [each.strip() for each in told]:
+            self.contradictions += 1
         return self._tell(units[said:], is_first=said == 0)
 
     def _tell(self, units: list[str], *, is_first: bool) -> str:
@@ -71,13 +78,25 @@ def _common_prefix(units: list[str], others: list[str]) -> list[str]:
     return units[:n]
 
 
-def _line_up(told: list[str], units: list[str]) -> int:
-    """How many of `units` stand for what was told: those at the least edit distance from it."""
-    row = list(range(len(units) + 1))
+def _line_up(told: list[str], units: list[str], *, may_carry: bool) -> tuple[int, list[str]]:
+    """Find out what of a transcript was told, by the least edit distance.
+
+    Returns:
+        How many of `units` were told, and what of `told` lies behind all of them, which is nothing
+        unless it `may_carry`.
+    """
+    n_told, n_units = len(told), len(units)
+    row = list(range(n_units + 1))
+    whole = [row[-1]]  # distances of the beginnings of `told` from all units
     for i, each in enumerate(told, start=1):
         diagonal, row[0] = row[0], i
         for j, unit in enumerate(units, start=1):
             substituted = diagonal + (each.strip() != unit.strip())
             diagonal = row[j]
             row[j] = min(substituted, row[j] + 1, row[j - 1] + 1)
-    return min(range(len(row)), key=lambda n: (row[n], abs(n - len(told))))
+        whole.append(row[-1])
+    said = min(range(n_units + 1), key=lambda n: (row[n], abs(n - n_told)))
+    kept = min(range(n_told + 1), key=lambda n: (whole[n], abs(n - n_units)))
+    if may_carry and whole[kept] < row[said]:
+        return n_units, told[kept:]
+    return said, []

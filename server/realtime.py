@@ -221,10 +221,11 @@ class _Grown:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Transcribe a piece for good."""
+    """Transcribe a piece for good; `is_cut`: its turn goes on behind it."""
 
     item: _Item
     waveform: NDArray[np.float32]
+    is_cut: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,7 +430,7 @@ class RealtimeSession:
         elif isinstance(event, TurnGrew):
             self._enqueue(_Grown(item, event.waveform))
         elif isinstance(event, TurnPiece):
-            self._enqueue(_Piece(item, event.waveform))
+            self._enqueue(_Piece(item, event.waveform, event.is_cut))
 
     def _new_item(self) -> _Item:
         return _Item(f"item_{uuid.uuid4().hex[:20]}", time.monotonic())
@@ -466,7 +467,7 @@ class RealtimeSession:
             return
         try:
             if isinstance(job, _Piece):
-                await self._transcribe(item, job.waveform)
+                await self._transcribe(item, job.waveform, is_cut=job.is_cut)
             elif isinstance(job, _Whole):
                 await self._transcribe_whole(item, job.waveform)
             else:
@@ -503,7 +504,9 @@ class RealtimeSession:
             if isinstance(found, Excerpt):
                 await self._transcribe(item, found.waveform)
 
-    async def _transcribe(self, item: _Item, waveform: NDArray[np.float32]) -> None:
+    async def _transcribe(
+        self, item: _Item, waveform: NDArray[np.float32], *, is_cut: bool = False
+    ) -> None:
         self._running_samples = max(self._running_samples, len(waveform))
         request = self._request(waveform)
         async with self._charge(request.audio_s):
@@ -514,7 +517,7 @@ class RealtimeSession:
                 self._ticket.measure(0.0, clips=0)
         item.audio_s += request.audio_s
         item.results.append(result)
-        self._tell(item, item.text.finish(result.text))
+        self._tell(item, item.text.finish(result.text, is_cut=is_cut))
 
     def _request(self, waveform: NDArray[np.float32]) -> EngineRequest:
         self._n_requests += 1

@@ -64,9 +64,10 @@ class TurnGrew:
 
 @dataclass(frozen=True, slots=True)
 class TurnPiece:
-    """A piece of the turn is complete."""
+    """A piece of the turn is complete; `is_cut`: somebody speaks on behind it."""
 
     waveform: NDArray[np.float32]
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,16 +206,16 @@ class TurnFinder:
         second_half = np.stack(self._frames_from(middle - 1))
         loudness = np.square(second_half).sum(axis=1)
         cut = middle + int((loudness[:-1] + loudness[1:]).argmin())
-        self._give(cut, events)
+        self._give(cut, events, is_cut=True)
         self._start, self._grown = cut, 0
         self._keep_from(cut)
 
-    def _give(self, end: int, events: list[TurnEvent]) -> None:
+    def _give(self, end: int, events: list[TurnEvent], *, is_cut: bool = False) -> None:
         """The open piece up to a frame, unless it is what was left of a turn, and silent."""
         start = self._start or 0
         if end > start and self._last_speech >= start:
             held = self._frames_from(start)[: end - start]
-            events.append(TurnPiece(np.concatenate(held)))
+            events.append(TurnPiece(np.concatenate(held), is_cut))
 
     def _close(self, end: int) -> None:
         self._start, self._run, self._is_speech = None, 0, False
