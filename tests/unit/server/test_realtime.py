@@ -100,13 +100,11 @@ async def open_session(engine=None, config=None, charge=None, **limits):
             charge=charge or (lambda _audio_s: contextlib.nullcontext()),
         )
         session.configure(config or SessionConfig(rate_hz=RATE))
-        worker = asyncio.create_task(session.run())
-        try:
+        async with asyncio.TaskGroup() as group:
+            worker = group.create_task(session.run())
             yield session, events
-        finally:
             worker.cancel()
-            await asyncio.wait([worker])
-        assert engine.admission.requests == 1 - 1, "an idle session counts as no request"
+        assert engine.admission.requests == 0, "an idle session counts as no request"
 
 
 def pcm(samples):
@@ -124,22 +122,21 @@ async def wait_for(condition):
 
 
 def silence(seconds):
-    return np.zeros(round(seconds * RATE), np.float32)
+    """Next to silent noise, so that no two stretches are alike."""
+    n_samples = round(seconds * RATE)
+    noise = np.random.default_rng(n_samples).integers(-9, 9, n_samples) / 32_768
+    return noise.astype(np.float32)
 
 
 TURN = pcm(np.concatenate([silence(0.5), speechlike(3.0, 2), silence(1.0)]))
 TWO_TURNS = pcm(
     np.concatenate(
         [
-            silence(0.3),
-            speechlike(1.2, 1),
-            silence(1.0),
-            speechlike(3.0, 2),
-            speechlike(3.0, 3),
-            silence(1.0),
+            silence(0.3), speechlike(1.2, 1), silence(1.0),
+            speechlike(3.0, 2), speechlike(3.0, 3), silence(1.1),
         ]
     )
-)
+)  # fmt: skip
 
 
 def transcript_by_place(waveform):
