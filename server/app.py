@@ -13,6 +13,7 @@ from server.api.errors import install_error_handlers
 from server.api.middleware import RequestMiddleware
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
+from server.engine.interface import Guards
 from server.engine.scheduler import ScheduleLimits
 from server.metrics import Metrics
 from server.runtime import Runtime
@@ -75,7 +76,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
         partial(_load_runner, settings),
         limits,
         Admission(max_requests=settings.max_queue_size, max_audio_s=settings.max_queue_audio_s),
-        guards_loops=settings.loop_guard,
+        guards=Guards(loops=settings.loop_guard, silence=settings.silence_gate),
         on_iteration=metrics.iterated,
     )
 

@@ -46,7 +46,10 @@ class Settings(BaseSettings):
     )
 
     max_batch_size: int = Field(
-        32, ge=1, le=1024, description="Most clips that are decoded together."
+        32,
+        ge=1,
+        le=1024,
+        description="Most clips that are decoded together; every beam of a search counts as one.",
     )
     max_wait_ms: float = Field(
         0.0,
@@ -73,6 +76,11 @@ class Settings(BaseSettings):
         True,
         description="Decode a text that repeats itself again under a penalty, and cut it if that "
         "does not help.",
+    )
+    silence_gate: bool = Field(
+        True,
+        description="Answer a clip that is nowhere louder than -60 dBFS with an empty text, "
+        "without the model.",
     )
     max_queue_size: int = Field(
         128,

@@ -204,6 +204,26 @@ class KVSlots(Cache):
         """Forget what a row holds past `length` tokens."""
         self._lens[row] = min(self._lens[row], length)
 
+    def branch(self, rows: Sequence[int], parents: Sequence[int], shared_len: int) -> None:
+        """Let each of `rows` hold what `parents[i]` holds; free rows, in order, come into use.
+
+        Args:
+            rows: that are written; none twice.
+            parents: used rows, all equally long.
+            shared_len: tokens that used rows among `rows` have in common with their parents.
+        """
+        length = self._lens[parents[0]]
+        fresh = [row for row in rows if row >= len(self._lens)]
+        pairs = [pair for pair in zip(rows, parents, strict=True) if pair[0] != pair[1]]
+        # What is new first: its parents are still as they were.
+        for is_new, start in ((True, 0), (False, shared_len)):
+            targets = [row for row, _ in pairs if (row in fresh) is is_new]
+            sources = [parent for row, parent in pairs if (row in fresh) is is_new]
+            if targets and start < length:
+                for layer in self.layers:
+                    layer.copy(sources, targets, slice(start, length))
+        self._lens += [length] * len(fresh)
+
     def release(self, row: int, *, wipe: bool = False) -> None:
         """Free a row; the last one takes its place.
 
@@ -277,6 +297,11 @@ class _SlotLayer(CacheLayerMixin):
         if source != target:
             self.keys[target, :, :length] = self.keys[source, :, :length]
             self.values[target, :, :length] = self.values[source, :, :length]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], columns: slice) -> None:
+        # Indexing by lists copies before it writes: a source may be a target as well.
+        self.keys[targets, :, columns] = self.keys[sources, :, columns]
+        self.values[targets, :, columns] = self.values[sources, :, columns]
 
     def wipe(self, row: int, start: int) -> None:
         self.keys[row, :, start:] = 0

@@ -23,7 +23,7 @@ from model.encoder import length_mask
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import token_budget
 from model.transcription import Transcriber, identify_language
-from server.engine.decoding import GREEDY, Decoding
+from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Plan, StartReport
 from server.engine.kv_slots import DecodeMasks, KVSlots, layer_shapes, plan_slots
 from server.engine.sampling import TokenSampler, choose_tokens
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from server.engine.decoding import Token
+    from server.engine.decoding import Candidates
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ class SpeechRunner:
         lens = [len(plan.input_ids) for plan in plans]
         self._slots.join([length - 1 for length in lens])
         self._rows += [
-            _Row(length, embeds[row, length - 1], TokenSampler(plan.decoding))
+            _Row(length, embeds[row, length - 1], self._sampler(plan.decoding))
             for row, (length, plan) in enumerate(zip(lens, plans, strict=True))
         ]
         return StartReport(encoded_s - started_s, time.perf_counter() - encoded_s)
@@ -233,10 +233,10 @@ class SpeechRunner:
         )
 
     @torch.inference_mode()
-    def step(self, rows: slice) -> list[Token | None]:
-        """Give each of `rows` its next token; None where the model's logits are not finite.
+    def step(self, rows: slice) -> list[Token | Candidates | None]:
+        """Give each of `rows` its next token, or, in a beam search, the candidates for it.
 
-        A failure leaves the rows as they were.
+        A failure leaves the rows as they were. None where the model's logits are not finite.
         """
         active = self._rows[rows]
         embeds = self._next_embeds(active)
@@ -251,8 +251,21 @@ class SpeechRunner:
         tokens = choose_tokens(logits, [row.sampler for row in active])
         self._slots.advance(rows)
         for row, token in zip(active, tokens, strict=True):
-            row.next_id = None if token is None else token.id
+            row.next_id = token.id if isinstance(token, Token) else None
         return tokens
+
+    @torch.inference_mode()
+    def branch(self, rows: Sequence[int], parents: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Let each of `rows` go on as the row `parents[i]` is, with a token.
+
+        Rows behind the used ones, without a gap, are taken into use.
+        """
+        states = [self._rows[parent] for parent in parents]
+        self._slots.branch(rows, parents, shared_len=states[0].prompt_tokens)
+        self._rows += states[: max(0, max(rows) + 1 - len(self._rows))]
+        for row, state, token_id in zip(rows, states, token_ids, strict=True):
+            sampler = state.sampler.branch(token_id)
+            self._rows[row] = replace(state, sampler=sampler, next_id=token_id)
 
     def _next_embeds(self, active: Sequence[_Row]) -> Tensor:
         """(R, 1, D) of the tokens to feed."""
@@ -270,7 +283,10 @@ class SpeechRunner:
         state.next_id = None
         decoding = state.sampler.decoding
         penalty = max(decoding.repetition_penalty, repetition_penalty)
-        state.sampler = TokenSampler(replace(decoding, repetition_penalty=penalty))
+        state.sampler = self._sampler(replace(decoding, repetition_penalty=penalty))
+
+    def _sampler(self, decoding: Decoding) -> TokenSampler:
+        return TokenSampler(decoding, len(self.stop_ids))
 
     def release(self, row: int, *, failed: bool = False) -> None:
         """Free a row; the last one takes its place. What a `failed` one holds is wiped."""

@@ -10,7 +10,7 @@ import pytest
 from model.transcription import Transcriber
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
-from server.engine.interface import EngineRequest
+from server.engine.interface import NO_GUARDS, EngineRequest
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from server.errors import (
@@ -46,7 +46,7 @@ def request(waveform, **fields):
 def make_engine(load, limits=None, *, max_requests=8, max_audio_s=100.0, **options):
     limits = limits or ScheduleLimits(max_batch_size=4)
     admission = Admission(max_requests=max_requests, max_audio_s=max_audio_s)
-    return ContinuousEngine(load, limits, admission, guards_loops=False, **options)
+    return ContinuousEngine(load, limits, admission, guards=NO_GUARDS, **options)
 
 
 @asynccontextmanager
