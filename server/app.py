@@ -83,8 +83,9 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
 
 def _load_runner(settings: Settings) -> Runner:
     # Importing torch takes seconds; in the device's thread it delays no health check.
-    from server.engine.runner import SpeechRunner  # noqa: PLC0415 - see above
+    from server.engine.runner import SpeechRunner, use_cpu_threads  # noqa: PLC0415 - see above
 
+    use_cpu_threads(settings.cpu_threads)
     return SpeechRunner.load(
         settings.model,
         settings.device,

@@ -23,6 +23,12 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Of the weights; auto is bf16 on CUDA, fp32 on a CPU."
     )
+    cpu_threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Threads that compute on the CPU; 0 takes all cores.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
 

@@ -331,8 +331,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class DecodeMasks:
     """Builds the attention masks of decode steps in the form that an LLM takes."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, *, additive: bool = False) -> None:
         """Look at the LLM's layers.
+
+        Args:
+            config: of the LLM.
+            additive: whether the masks are to be added to scores, whatever the LLM takes.
 
         Raises:
             ValueError: they attend in a way that slots cannot offer; the message names it.
@@ -352,7 +356,12 @@ class DecodeMasks:
                 f"the engine takes the attention implementations sdpa and eager, not "
                 f"{implementation!r}"
             )
-        self._is_additive = implementation == "eager"
+        self._is_additive = additive or implementation == "eager"
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What the LLM's layers attend to: everything, a sliding window, or both."""
+        return frozenset(self._kinds)
 
     def build(self, slots: KVSlots, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Masks for the begun decode step: one, or one for each kind of layer."""

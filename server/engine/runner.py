@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,20 +24,22 @@ from model.encoder import length_mask
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import token_budget
 from model.transcription import Transcriber, identify_language
+from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Plan, StartReport
-from server.engine.kv_slots import DecodeMasks, KVSlots, layer_shapes, plan_slots
+from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.sampling import TokenSampler, choose_tokens
 from server.errors import InvalidRequestError
 from server.log import structured
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
 
 _log = logging.getLogger(__name__)
@@ -48,6 +51,11 @@ _CPU_KV_BYTES = 2 << 30
 _CUDA_KV_SHARE = 0.6  # of what the weights leave; activations need the rest
 _WARM_UP_S = (1.0, 3.0)  # clips of different length, so that padding is exercised too
 _WARM_UP_STEPS = 2
+
+
+def use_cpu_threads(count: int) -> None:
+    """Let torch work with so many threads for the calling one; 0 takes all cores there are."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +79,12 @@ class SpeechRunner:
     """Implements `Runner` on a transcriber's model. Called from one thread."""
 
     def __init__(
-        self, transcriber: Transcriber, *, max_slots: int, kv_cache_bytes: int | None = None
+        self,
+        transcriber: Transcriber,
+        *,
+        max_slots: int,
+        kv_cache_bytes: int | None = None,
+        make_pass: Callable[[PreTrainedModel], DecoderPass] = choose_pass,
     ) -> None:
         """Allocate the KV slots.
 
@@ -80,6 +93,7 @@ class SpeechRunner:
             max_slots: most sequences that will run together.
             kv_cache_bytes: memory for keys and values; None takes 60 % of what is free on a CUDA
                 device, and up to 2 GiB on a CPU.
+            make_pass: how its decode steps go through the LLM.
 
         Raises:
             ValueError: the LLM is none that the engine can run, or not one slot fits.
@@ -88,7 +102,7 @@ class SpeechRunner:
         self._config, self._device = transcriber.config, transcriber.device
         self._llm: PreTrainedModel = self._model.llm
         _require_arguments(self._llm)
-        self._masks = DecodeMasks(self._llm.config)
+        self._decode = make_pass(self._llm)
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id
         plan = plan_slots(
@@ -241,13 +255,7 @@ class SpeechRunner:
         active = self._rows[rows]
         embeds = self._next_embeds(active)
         position_ids = self._slots.begin_decode(rows)
-        logits = self._llm(
-            inputs_embeds=embeds,
-            attention_mask=self._masks.build(self._slots, embeds.dtype),
-            position_ids=position_ids,
-            past_key_values=self._slots,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = self._decode(embeds, position_ids, self._slots)
         tokens = choose_tokens(logits, [row.sampler for row in active])
         self._slots.advance(rows)
         for row, token in zip(active, tokens, strict=True):
