@@ -29,7 +29,9 @@ check: $(STAMP)
 	$(MAKE) --no-print-directory test
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.decode_step --output benchmarks/results/decode-step
+	$(BIN)/python -m benchmarks.suite --output benchmarks/results/suite
 
 setup: $(STAMP)
 

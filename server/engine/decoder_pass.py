@@ -13,7 +13,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -106,7 +106,7 @@ class LlamaPass:
 
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
         """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
-        mask = self._masks.build(slots, embeds.dtype)
+        mask = self._masks.build_one(slots, embeds.dtype)
         cos, sin = self._rotary(embeds, position_ids)  # (R, 1, W)
         half = self._width // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
@@ -156,7 +156,7 @@ def _is_llama_like(llm: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _join(layer: nn.Module) -> _Layer:
+def _join(layer: Any) -> _Layer:  # noqa: ANN401 - a layer of one of three classes
     attention, mlp = layer.self_attn, layer.mlp
     qkv, qkv_bias = _concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
     gate_up, _ = _concatenate(mlp.gate_proj, mlp.up_proj)
@@ -173,8 +173,8 @@ def _join(layer: nn.Module) -> _Layer:
 
 def _concatenate(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weights and biases of several layers as one; theirs become parts of it."""
-    weight = torch.cat([each.weight for each in linears])
-    biases = [each.bias for each in linears if each.bias is not None]
+    weight = torch.cat([each.weight.detach() for each in linears])
+    biases = [each.bias.detach() for each in linears if each.bias is not None]
     start = 0
     for each in linears:
         end = start + each.out_features

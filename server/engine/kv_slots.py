@@ -368,6 +368,11 @@ class DecodeMasks:
         masks = {kind: self._mask(slots, kind, dtype) for kind in self._kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
+    def build_one(self, slots: KVSlots, dtype: torch.dtype) -> Tensor:
+        """The mask for the begun decode step of an LLM whose layers are all of one kind."""
+        (kind,) = self._kinds
+        return self._mask(slots, kind, dtype)
+
     def _mask(self, slots: KVSlots, kind: str, dtype: torch.dtype) -> Tensor:
         mask = slots.decode_mask(self._window if kind == _SLIDING else None)
         if not self._is_additive:
