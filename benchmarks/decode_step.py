@@ -101,7 +101,7 @@ class EngineSteps:
 def run_generate(transcriber: Transcriber, rows: int, context: int, steps: int) -> None:
     """Prefill, and `steps` decode steps."""
     llm = transcriber.model.llm
-    ids = torch.randint(5, 1000, (rows, context), device=transcriber.device)
+    ids = torch.randint(llm.config.vocab_size, (rows, context), device=transcriber.device)
     count = steps + 1  # the prefill gives the first token
     llm.generate(
         input_ids=ids,

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
 from server.engine.kv_slots import DecodeMasks
+from server.engine.recorded_pass import RecordedPass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,10 @@ def choose_pass(llm: PreTrainedModel) -> DecoderPass:
     Raises:
         ValueError: slots cannot offer what its layers attend to.
     """
-    return LlamaPass(llm) if _is_llama_like(llm) else ModelPass(llm)
+    if not _is_llama_like(llm):
+        return ModelPass(llm)
+    written_out = LlamaPass(llm)
+    return RecordedPass(written_out) if llm.device.type == "cuda" else written_out
 
 
 class ModelPass:

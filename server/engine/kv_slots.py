@@ -178,6 +178,21 @@ class KVSlots(Cache):
         self._access.begin(rows, positions, min(bucket, self.plan.slot_tokens))
         return positions[:, None]
 
+    def decode_step(self) -> tuple[slice, int, Tensor]:
+        """The begun decode step: its rows, the length that it attends to, its columns (R,)."""
+        if self._access.positions is None:
+            raise ValueError("no decode step has begun")
+        return self._access.rows, self._access.live, self._access.positions
+
+    def begin_padded(self, columns: Tensor, live: int) -> None:
+        """Let the next pass write one token to each of the first rows, used or free.
+
+        Args:
+            columns: (R,) where in its row each is written; read when the pass runs.
+            live: length that is attended to.
+        """
+        self._access.begin(slice(0, len(columns)), columns, live)
+
     def decode_mask(self, window: int | None = None) -> Tensor:
         """Which tokens each row of the begun decode step attends to.
 
