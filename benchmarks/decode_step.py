@@ -34,6 +34,7 @@ from benchmarks.shapes import Shape, make_checkpoint
 from model.log_mel import SAMPLE_RATE_HZ
 from model.transcription import Transcriber
 from server.engine.decoder_pass import ModelPass, choose_pass
+from server.engine.kv_slots import layer_shapes
 from server.engine.runner import SpeechRunner, use_cpu_threads
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ GENERATE = "generate"
 LINEAR = "linear layers"
 BYTES = "bytes"
 WAYS = (ENGINE, ENGINE_OWN_FORWARD, GENERATE, LINEAR, BYTES)
-BANDWIDTH_BYTES = 256 << 20
+BANDWIDTH_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # on a GPU, long against a launch
 BANDWIDTH_READS = 5
+FRAME_HZ = 50  # of Whisper's encoder
 
 
 @dataclass(slots=True)
@@ -58,8 +60,10 @@ class Times:
 
     def add(self, run: Callable[[], None], steps: int) -> None:
         """Time a run of so many steps."""
+        _wait_for_gpu()
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         run()
+        _wait_for_gpu()
         self.wall_s.append((time.perf_counter() - wall_s) / steps)
         self.cpu_s.append((time.process_time() - cpu_s) / steps)
 
@@ -72,6 +76,11 @@ class Times:
     def cpu_ms(self) -> float:
         """Median, milliseconds."""
         return 1000 * statistics.median(self.cpu_s)
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class EngineSteps:
@@ -147,9 +156,16 @@ class LinearLayers:
                 functional.linear(self._inputs[weight.shape[1]], weight, bias)
 
 
+def token_bytes(transcriber: Transcriber) -> int:
+    """Keys and values of one token."""
+    llm = transcriber.model.llm
+    widths = sum(each.n_heads * (each.key_width + each.value_width) for each in layer_shapes(llm))
+    return widths * int(llm.dtype.itemsize)
+
+
 def measure_bandwidth(device: torch.device) -> float:
     """Bytes a second that a sum over a large buffer reads; the best of some."""
-    buffer = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    buffer = torch.ones(BANDWIDTH_BYTES[device.type] // 4, device=device)
     seconds = []
     for _ in range(BANDWIDTH_READS):
         started = time.perf_counter()
@@ -171,11 +187,8 @@ def measure(
         for name, make_pass in passes.items()
     }
     linear = LinearLayers(transcriber, rows)
-    context = round(clip_s * SAMPLE_RATE_HZ / 320 / transcriber.model.connector.stack_size)
-    config = transcriber.model.llm.config
-    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-    token_bytes = 2 * config.num_hidden_layers * width * transcriber.model.llm.dtype.itemsize
-    read = linear.bytes + rows * (context + steps // 2) * token_bytes
+    context = round(clip_s * FRAME_HZ / transcriber.model.connector.stack_size)
+    read = linear.bytes + rows * (context + steps // 2) * token_bytes(transcriber)
     for number in range(rounds + 1):
         round_times = times if number else defaultdict(Times)  # the first warms up
         for name, engine in engines.items():

@@ -138,10 +138,12 @@ def run_clients(
 ) -> None:
     """Post every clip once from `concurrency` clients, each with a connection of its own."""
     local = threading.local()
+    clients: list[httpx.Client] = []
 
     def post(clip: Clip) -> float | None:
         if not hasattr(local, "client"):
             local.client = httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S)
+            clients.append(local.client)
         started = time.perf_counter()
         try:
             answer = local.client.post("/transcribe", files={"file": ("clip.wav", clip.wav)})
@@ -153,6 +155,8 @@ def run_clients(
         started = time.perf_counter()
         latencies = list(pool.map(post, clips))
         measurement.wall_s += time.perf_counter() - started
+    for client in clients:
+        client.close()
     for latency, clip in zip(latencies, clips, strict=True):
         if latency is None:
             measurement.errors += 1

@@ -8,14 +8,15 @@ This command is FastAPI over `generate`, one upload after another. The other pee
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -45,19 +46,24 @@ _PEERS: dict[Peer, tuple[str, str]] = {
 """Modules, and paths that answer once they are ready."""
 
 
-@contextmanager
-def our_server(model: Path, device: str, dtype: str, threads: int) -> Iterator[str]:
+@contextlib.contextmanager
+def our_server(
+    model: Path, device: str, dtype: str, threads: int, *, max_batch_size: int = 32
+) -> Iterator[str]:
     """Run `speechllm serve`; yield its URL once it is ready."""
     port = _free_port()
     command = ["-m", "server.cli", "serve", "--model", str(model), "--device", device]
     command += ["--dtype", dtype, "--port", str(port), "--log-level", "warning"]
-    command += ["--cpu-threads", str(threads)]
+    command += ["--cpu-threads", str(threads), "--max-batch-size", str(max_batch_size)]
+    # As many clients as there are slots may wait besides.
+    command += ["--max-queue-size", str(max(128, 2 * max_batch_size))]
+    command += ["--max-queue-audio-s", str(max(1800, 60 * max_batch_size))]
     # Random weights repeat themselves, and must not be cut for it.
     with _process([*command, "--loop-guard", "false"], port, "/health/ready") as url:
         yield url
 
 
-@contextmanager
+@contextlib.contextmanager
 def peer_server(peer: Peer, model: Path, device: str, dtype: str, threads: int) -> Iterator[str]:
     """Run another server; yield its URL once it is ready."""
     port = _free_port()
@@ -81,21 +87,23 @@ def _free_port() -> int:
         return port
 
 
-@contextmanager
+@contextlib.contextmanager
 def _process(arguments: Sequence[str], port: int, ready_path: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(  # noqa: S603 - our own command lines
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
     try:
         _wait_until_ready(process, url + ready_path)
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        # LitServe leaves its workers behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:

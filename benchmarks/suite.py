@@ -84,7 +84,7 @@ class Scenario:
 
     def of(self, way: str, clients: int) -> Measurement:
         """The measurement of a way with so many clients; 0 for those without a server."""
-        name = f"{way}, {clients} clients" if clients else way
+        name = f"{way}, {clients} client{'s' * (clients > 1)}" if clients else way
         return self.measurements.setdefault((way, clients), Measurement(name))
 
 
@@ -166,7 +166,7 @@ def tabulate(scenario: Scenario) -> str:
             [
                 each.name,
                 f"{each.rtfx:.1f}",
-                "" if way == OURS else f"{reference / each.rtfx if each.rtfx else 0:.2f}",
+                "" if way == OURS or not each.rtfx else f"{reference / each.rtfx:.2f}",
                 *(f"{each.percentile_ms(percent):.0f}" for percent in (50, 95, 99)),
                 f"{percentile_ms(each.health_s, 99):.1f}" if each.health_s else "",
                 each.errors,

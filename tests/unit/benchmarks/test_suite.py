@@ -25,7 +25,7 @@ def test_ratios_are_to_our_server_under_as_many_clients_or_to_its_best() -> None
     }
     assert rows["server, 4 clients"][:2] == ["40.0", ""]
     assert rows["server, 4 clients"][5] == "2.0"
-    assert rows["sequential generate, 1 clients"][1] == "2.00"
+    assert rows["sequential generate, 1 client"][1] == "2.00"
     assert rows["sequential generate, 4 clients"][1] == "8.00"
     assert rows[OFFLINE_GENERATE][1] == "2.00"
     assert lines[-1] == "Left out: LitServe: it is not installed."
