@@ -193,7 +193,8 @@ class ContinuousEngine:
             if (entry := self._entries.pop(key, None)) is None:
                 continue
             entry.end(answer)
-            if not isinstance(answer, ServerError):
+            # Silence took no work, and says nothing of how fast work is done.
+            if not isinstance(answer, ServerError) and answer.batch_size:
                 finished.append(entry.request.audio_s)
         self._admission.rate.record(
             requests=len(finished), audio_s=sum(finished), busy_s=outcome.busy_s

@@ -485,7 +485,7 @@ def _nothing_said(decoding: Decoding) -> EngineResult:
         prefill_s=0.0,
         generate_s=0.0,
         first_token_s=0.0,
-        batch_size=1,
+        batch_size=0,
         logprobs=() if decoding.logprobs else None,
         hypotheses=(Hypothesis("", 0.0),) if decoding.n_best > 1 else (),
     )

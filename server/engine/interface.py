@@ -92,7 +92,7 @@ class EngineResult:
         prefill_s: its batch's time from audio embeddings to a filled KV slot.
         generate_s: from its audio embeddings to its text, prefill included.
         first_token_s: from submission to its first token.
-        batch_size: clips it was encoded with.
+        batch_size: clips it was encoded with; 0 for silence, which the model did not see.
         logprobs: of the tokens, natural logarithms; None where they were not asked for.
         hypotheses: the n best answers of a beam search, the best, which is `text`, first; empty
             where no more than one was asked for.
