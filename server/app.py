@@ -15,6 +15,7 @@ from server.api.health import version
 from server.api.middleware import RequestMiddleware
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
+from server.engine.interface import Guards
 from server.engine.scheduler import ScheduleLimits
 from server.metrics import Metrics
 from server.runtime import Runtime
@@ -95,15 +96,16 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
         partial(_load_runner, settings),
         limits,
         Admission(max_requests=settings.max_queue_size, max_audio_s=settings.max_queue_audio_s),
-        guards_loops=settings.loop_guard,
+        guards=Guards(loops=settings.loop_guard, silence=settings.silence_gate),
         on_iteration=metrics.iterated,
     )
 
 
 def _load_runner(settings: Settings) -> Runner:
     # Importing torch takes seconds; in the device's thread it delays no health check.
-    from server.engine.runner import SpeechRunner  # noqa: PLC0415 - see above
+    from server.engine.runner import SpeechRunner, use_cpu_threads  # noqa: PLC0415 - see above
 
+    use_cpu_threads(settings.cpu_threads)
     return SpeechRunner.load(
         settings.model,
         settings.device,

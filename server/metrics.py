@@ -103,7 +103,7 @@ class Metrics:
         )
         self._step_sizes = Histogram(
             "speechllm_decode_batch_size",
-            "Clips in a decode step.",
+            "Sequences in a decode step; every beam is one.",
             buckets=_BATCH_SIZES,
             registry=registry,
         )
@@ -153,7 +153,7 @@ class Metrics:
                 lambda: stats().running,
             ),
             "speechllm_kv_slots": (
-                "Requests that can run together.",
+                "Requests that can run together; a beam search takes one slot for every beam.",
                 lambda: stats().slots,
             ),
             "speechllm_kv_cache_bytes": (

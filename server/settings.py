@@ -34,6 +34,12 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Of the weights; auto is bf16 on CUDA, fp32 on a CPU."
     )
+    cpu_threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Threads that compute on the CPU; 0 takes all cores.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
 
@@ -80,7 +86,10 @@ class Settings(BaseSettings):
     )
 
     max_batch_size: int = Field(
-        32, ge=1, le=1024, description="Most clips that are decoded together."
+        32,
+        ge=1,
+        le=1024,
+        description="Most clips that are decoded together; every beam of a search counts as one.",
     )
     max_wait_ms: float = Field(
         0.0,
@@ -107,6 +116,11 @@ class Settings(BaseSettings):
         True,
         description="Decode a text that repeats itself again under a penalty, and cut it if that "
         "does not help.",
+    )
+    silence_gate: bool = Field(
+        True,
+        description="Answer a clip that is nowhere louder than -60 dBFS with an empty text, "
+        "without the model.",
     )
     max_queue_size: int = Field(
         128,
