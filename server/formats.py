@@ -183,10 +183,12 @@ def _verbose_segment(number: int, segment: Segment, temperature: float) -> dict[
 
 
 def _words(transcription: Transcription) -> list[dict[str, Any]] | None:
-    if any(segment.words is None for segment in transcription.segments):
+    """All that are placed; None where something was said and nothing of it could be placed."""
+    segments = transcription.segments
+    if segments and all(segment.words is None for segment in segments):
         return None
     return [
         {"word": word.text, "start": word.start_s, "end": word.end_s}
-        for segment in transcription.segments
+        for segment in segments
         for word in segment.words or ()
     ]

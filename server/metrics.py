@@ -196,6 +196,15 @@ class Metrics:
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=self.registry).set_function(value)
 
+    def watch_held(self, held: Callable[[], int]) -> None:
+        """Read how many requests wait for their key's turn whenever it is scraped."""
+        gauge = Gauge(
+            "speechllm_requests_held",
+            "Requests that wait for their key's turn before they are admitted.",
+            registry=self.registry,
+        )
+        gauge.set_function(held)
+
     def request_started(self) -> None:
         """Count a request in."""
         self._in_flight.inc()

@@ -76,6 +76,7 @@ class Runtime:
         self._draining: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         metrics.watch(engine.stats, lambda: self.state == "ready")
+        metrics.watch_held(lambda: self.turnstile.waiting)
 
     @property
     def state(self) -> State:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from server.runtime import Runtime
-    from server.transcription import Segment, Transcription
+    from server.transcription import Segment, Timestamps, Transcription, Word
 
 FILE_FORMATS: dict[str, tuple[Callable[[Transcription], str], str]] = {
     "text": (formats.to_text, "text/plain"),
@@ -44,7 +44,7 @@ def own_json(
     runtime: Runtime,
     transcription: Transcription,
     *,
-    segments: bool,
+    timestamps: Timestamps,
     hypotheses: bool,
     logprobs: bool,
 ) -> dict[str, Any]:
@@ -55,24 +55,23 @@ def own_json(
         duration=transcription.duration_s,
         timings=_timings(transcription),
     )
-    fields = {"text", "language", "duration", "timings"}
-    if segments or hypotheses:
+    if timestamps != "none" or hypotheses:
         body.alignment = transcription.alignment
         body.segments = [
-            _segment(segment, hypotheses=hypotheses) for segment in transcription.segments
+            _segment(segment, words=timestamps == "word", hypotheses=hypotheses)
+            for segment in transcription.segments
         ]
-        fields |= {"alignment", "segments"}
     if logprobs:
         body.logprobs = _logprobs(runtime, transcription)
-        fields.add("logprobs")
-    return _dump(body, fields)
+    return body.model_dump(exclude_unset=True)
 
 
-def own_verbose_json(transcription: Transcription, temperature: float) -> dict[str, Any]:
-    """Return `/transcribe`'s `verbose_json`; words are there if they were placed."""
-    has_words = any(segment.words is not None for segment in transcription.segments)
+def own_verbose_json(
+    transcription: Transcription, *, temperature: float, words: bool
+) -> dict[str, Any]:
+    """Return `/transcribe`'s `verbose_json`."""
     body = VerboseBody(
-        **formats.to_verbose_json(transcription, temperature=temperature, words=has_words),
+        **formats.to_verbose_json(transcription, temperature=temperature, words=words),
         timings=_timings(transcription),
     )
     return body.model_dump(exclude_unset=True)
@@ -104,22 +103,24 @@ def _timings(transcription: Transcription) -> Timings:
     return Timings(**{k: round(v, 6) for k, v in asdict(transcription.timings).items()})
 
 
-def _segment(segment: Segment, *, hypotheses: bool) -> SegmentBody:
+def _segment(segment: Segment, *, words: bool, hypotheses: bool) -> SegmentBody:
     body = SegmentBody(
         start=segment.start_s,
         end=segment.end_s,
         text=segment.text,
         finish_reason=segment.finish_reason,
     )
-    if segment.words is not None:
-        body.words = [
-            WordBody(word=word.text, start=word.start_s, end=word.end_s) for word in segment.words
-        ]
+    if words:
+        body.words = None if segment.words is None else [_word(word) for word in segment.words]
     if hypotheses:
         body.hypotheses = [
             HypothesisBody(text=each.text, score=each.score) for each in segment.hypotheses
         ]
     return body
+
+
+def _word(word: Word) -> WordBody:
+    return WordBody(word=word.text, start=word.start_s, end=word.end_s)
 
 
 def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBody]:
@@ -131,7 +132,3 @@ def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBod
             for piece, logprob in zip(pieces, segment.logprobs or (), strict=False)
         ]
     return answers
-
-
-def _dump(body: TranscriptionBody, fields: set[str]) -> dict[str, Any]:
-    return body.model_dump(include=fields, exclude_unset=True)

@@ -69,7 +69,7 @@ class TranscribeForm(BaseModel):
     timestamps: Timestamps | None = Field(
         None,
         description="How finely to place the text in time. Unless said: `word` for srt, vtt and "
-        "tsv, whose lines words let end early; `segment` for verbose_json; `none` for the rest.",
+        "tsv, whose lines then end between words; `segment` for verbose_json; else `none`.",
         examples=["word"],
     )
     temperature: float = Field(

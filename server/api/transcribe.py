@@ -19,6 +19,7 @@ from server.api.schemas import ResultsBody, TranscriptionBody, VerboseBody
 from server.errors import InvalidRequestError, ServerError
 
 if TYPE_CHECKING:
+    from server.api.upload import Upload
     from server.options import TranscribeOptions
     from server.runtime import Runtime
     from server.transcription import Transcription
@@ -57,7 +58,7 @@ async def transcribe(request: Request, caller: CallerDependency) -> Response:
     little-endian, come as `audio/pcm;rate=16000;channels=1`.
     """
     upload = await caller.receive(takes_raw=True)
-    form = parse_form(TranscribeForm, [*request.query_params.multi_items(), *upload.fields])
+    form = parse_form(TranscribeForm, _merge(request, upload))
     options = form.options(caller.runtime.engine.languages)
     if len(upload.recordings) > 1:
         _check_many(form)
@@ -76,15 +77,24 @@ async def transcribe(request: Request, caller: CallerDependency) -> Response:
     return JSONResponse(_json_of(caller.runtime, form, transcription))
 
 
+def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
+    """The form's fields and the query's; of those in both, as viewers send them, the form's."""
+    in_form = {name for name, _ in upload.fields}
+    query = request.query_params.multi_items()
+    return [*upload.fields, *(field for field in query if field[0] not in in_form)]
+
+
 def _json_of(
     runtime: Runtime, form: TranscribeForm, transcription: Transcription
 ) -> dict[str, Any]:
     if form.response_format == "verbose_json":
-        return answers.own_verbose_json(transcription, form.temperature)
+        return answers.own_verbose_json(
+            transcription, temperature=form.temperature, words=form.timestamps == "word"
+        )
     return answers.own_json(
         runtime,
         transcription,
-        segments=form.timestamps not in {None, "none"},
+        timestamps=form.timestamps or "none",
         hypotheses=form.n_best > 1,
         logprobs=form.logprobs,
     )
