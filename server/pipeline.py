@@ -14,7 +14,7 @@ from server.audio.limits import check_header
 from server.audio.probe import probe
 from server.engine.interface import EngineRequest
 from server.longform import Deadline, RecordingTranscriber
-from server.transcription import Segment, StageTimings, Transcription
+from server.transcription import Segment, StageTimings, Transcription, Word
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +62,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         audio_s=0.0,
         prompt=options.prompt,
         decoding=options.decoding,
+        with_words=options.timestamps == "word",
     )
     latest_s = None if options.deadline_s is None else uploaded_s + options.deadline_s
     with engine.admit(min(_expected_s(header, data), in_flight_s)) as ticket:
@@ -93,7 +94,9 @@ def _transcription(
     results = [part.result for part in recording.parts]
     languages = Counter(result.language for result in results if result.language is not None)
     segments = tuple(_segment(part) for part in recording.parts if part.result.text)
-    alignment: Alignment = "segment"
+    # A text that does not fit into its audio, which is seldom right, keeps the segment's times.
+    is_aligned = any(segment.words is not None for segment in segments)
+    alignment: Alignment = "ctc" if is_aligned else "segment"
     return Transcription(
         text=" ".join(segment.text for segment in segments),
         language=options.language or next((name for name, _ in languages.most_common(1)), None),
@@ -113,11 +116,17 @@ def _transcription(
 def _segment(part: Transcribed) -> Segment:
     """Place an excerpt's answer in the recording."""
     excerpt, result = part.excerpt, part.result
+    words = None
+    if result.words is not None:
+        begin_s = excerpt.start / SAMPLE_RATE_HZ
+        words = tuple(
+            Word(word.text, begin_s + word.start_s, begin_s + word.end_s) for word in result.words
+        )
     return Segment(
-        start_s=excerpt.speech_start / SAMPLE_RATE_HZ,
-        end_s=excerpt.speech_end / SAMPLE_RATE_HZ,
+        start_s=words[0].start_s if words else excerpt.speech_start / SAMPLE_RATE_HZ,
+        end_s=words[-1].end_s if words else excerpt.speech_end / SAMPLE_RATE_HZ,
         text=result.text,
-        words=None,
+        words=words,
         token_ids=result.token_ids,
         logprobs=result.logprobs,
         finish_reason=result.finish_reason,

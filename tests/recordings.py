@@ -99,9 +99,7 @@ def speechlike(seconds, seed=0):
         frequency_hz = harmonic * pitch_hz
         gain = sum(
             level / np.hypot(1 - (frequency_hz / f) ** 2, width * frequency_hz / f**2)
-            for f, width, level in zip(
-                formants_hz, _FORMANT_WIDTHS_HZ, (1, 0.5, 0.25), strict=True
-            )
+            for f, width, level in zip(formants_hz, _FORMANT_WIDTHS_HZ, (1, 0.5, 0.25), strict=True)
         )
         voice += gain * np.sin(harmonic * phase) / harmonic**1.5
     voice *= 0.6 - 0.4 * np.cos(2 * np.pi * syllables)

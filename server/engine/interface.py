@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from server.engine.admission import Ticket
+    from server.transcription import Word
 
 EndReason = FinishReason | Literal["failed"]
 """How a request left the engine; `failed`: it was refused, or the model failed on it."""
@@ -54,6 +55,7 @@ class EngineRequest:
         decoding: how to choose its tokens.
         on_piece: told of every token, on the event loop. An answer that somebody listens to is
             not begun again when it loops.
+        with_words: also find out when each word was said, if the checkpoint can.
     """
 
     id: str
@@ -63,6 +65,7 @@ class EngineRequest:
     prompt: str | None = None
     decoding: Decoding = GREEDY
     on_piece: Callable[[Piece], None] | None = None
+    with_words: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class EngineResult:
         first_token_s: from submission to its first token.
         batch_size: clips it was encoded with.
         logprobs: of the tokens, natural logarithms; None where they were not asked for.
+        words: of the text, placed in the clip; None where they were not asked for, or cannot be.
     """
 
     text: str
@@ -94,6 +98,7 @@ class EngineResult:
     first_token_s: float
     batch_size: int
     logprobs: tuple[float, ...] | None = None
+    words: tuple[Word, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +224,13 @@ class Engine(Protocol):
         """Return what is where."""
 
 
+@dataclass(slots=True, eq=False)
+class Heard:
+    """What a runner keeps of a clip until its words are placed in time; its own business."""
+
+    encoder_frames: object = None
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A clip's sequence, laid out.
@@ -228,12 +240,14 @@ class Plan:
         input_ids: of its prompt, audio positions included.
         max_tokens: cap of the answer.
         decoding: how to choose its tokens.
+        heard: where the runner keeps what `words` needs; None where that is not wanted.
     """
 
     waveform: NDArray[np.float32]
     input_ids: tuple[int, ...]
     max_tokens: int
     decoding: Decoding
+    heard: Heard | None = None
 
 
 class Runner(Protocol):
@@ -262,7 +276,14 @@ class Runner(Protocol):
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
 
-    def plan(self, waveform: NDArray[np.float32], prompt: str | None, decoding: Decoding) -> Plan:
+    def plan(
+        self,
+        waveform: NDArray[np.float32],
+        prompt: str | None,
+        decoding: Decoding,
+        *,
+        with_words: bool = False,
+    ) -> Plan:
         """Lay out a clip's sequence.
 
         Raises:
@@ -295,6 +316,9 @@ class Runner(Protocol):
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of an answer."""
+
+    def words(self, plan: Plan, text: str) -> tuple[Word, ...] | None:
+        """Place a clip's text in time, if its plan asked for it and the checkpoint can."""
 
     def language(self, text: str) -> str | None:
         """ISO 639-1 code of a text, None where the model does not tell."""
