@@ -13,6 +13,7 @@ from server.audio.clip import SAMPLE_RATE_HZ
 from server.audio.limits import check_header
 from server.audio.probe import probe
 from server.engine.interface import EngineRequest
+from server.errors import InvalidRequestError
 from server.longform import Deadline, RecordingTranscriber
 from server.transcription import Segment, StageTimings, Transcription, Word
 
@@ -52,6 +53,8 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         ServerError: which of its kinds says why.
     """
     uploaded_s = time.monotonic()
+    if options.hotwords:  # an LLM that was not trained with a list of words would read it out
+        raise InvalidRequestError("this checkpoint takes no hotwords", param="hotwords")
     settings, engine, limits = runtime.settings, runtime.engine, runtime.audio_limits
     header = probe(data)
     check_header(header, limits)
