@@ -40,6 +40,7 @@ class Parts:
         llm: folder or hub id of a causal LM with its tokenizer.
         connector: `{"type": name, …}`.
         ctc: `none`, `auxiliary` or `fused`, see `SpeechLLMConfig`.
+        audio_positions: `sequence` or `ctc`, see `SpeechLLMConfig`.
         encoder_mode: `padded` or `trimmed`; None takes what the encoder was fine-tuned for.
         prompt: what the user turn asks.
         languages: ISO 639-1 codes.
@@ -51,6 +52,7 @@ class Parts:
     llm: str
     connector: dict[str, Any] = field(default_factory=dict)
     ctc: str = "none"
+    audio_positions: str = "sequence"
     encoder_mode: str | None = None
     prompt: str = DEFAULT_PROMPT
     languages: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLM
         llm="llm" if Path(parts.llm).exists() else parts.llm,
         connector=parts.connector,
         ctc=parts.ctc,
+        audio_positions=parts.audio_positions,
         encoder_mode=parts.encoder_mode or encoder_fields.get("encoder_mode", "padded"),
         prompt=parts.prompt,
         audio_token_id=tokenizer.get_vocab()[AUDIO_TOKEN],

@@ -27,6 +27,10 @@ class SpeechLLMConfig(PreTrainedConfig):
         ctc: `none`: no auxiliary head; `auxiliary`: a CTC head over the LLM's vocabulary reads the
             encoder; `fused`: and its posteriors, times the LLM's token embeddings, are added to
             the audio embeddings.
+        audio_positions: `sequence`: an audio embedding takes the next position, as a token does;
+            `ctc`: audio lies beside the text. An embedding stands where the text's token will
+            stand that the CTC head hears in it, and the text is numbered as though the audio took
+            no positions, so that the place to read from is as far from every token. Needs a head.
         encoder_mode: `padded` or `trimmed`, see `model.encoder.encode`.
         prompt: what the user turn asks after the audio.
         audio_token_id: id that marks audio positions in `input_ids`; an entry that no text uses.
@@ -54,6 +58,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     lora: str | None = None
     connector: Any = None
     ctc: str = "none"
+    audio_positions: str = "sequence"
     encoder_mode: str = "padded"
     prompt: str = DEFAULT_PROMPT
     audio_token_id: int | None = None
@@ -80,6 +85,9 @@ class SpeechLLMConfig(PreTrainedConfig):
     def _check(self) -> None:
         _check_choice("encoder_mode", self.encoder_mode, get_args(EncoderMode))
         _check_choice("ctc", self.ctc, get_args(CtcUse))
+        _check_choice("audio_positions", self.audio_positions, get_args(AudioPositions))
+        if self.audio_positions == "ctc" and self.ctc == "none":
+            raise ValueError("audio_positions 'ctc' needs a CTC head, and ctc is 'none'")
         if not 0 < self.max_audio_s <= 30:  # noqa: PLR2004 - Whisper's window
             raise ValueError(f"max_audio_s must lie in (0, 30], got {self.max_audio_s}")
         if self.max_tokens_per_audio_s <= 0 or self.min_token_budget < 1:
@@ -96,6 +104,7 @@ class SpeechLLMConfig(PreTrainedConfig):
 
 
 CtcUse = Literal["none", "auxiliary", "fused"]
+AudioPositions = Literal["sequence", "ctc"]
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from model.encoder import length_mask
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -37,6 +39,27 @@ def ctc_loss(
         log_probs, targets, frame_lens, target_lens, blank_id, "none", zero_infinity=True
     )
     return losses.sum() / target_lens.clamp(min=1).sum()
+
+
+def ctc_token_counts(logits: Tensor, frame_lens: Tensor, blank_id: int, stack_size: int) -> Tensor:
+    """Tokens on the best path from a clip's start to the end of each stack of frames.
+
+    Args:
+        logits: (B, F, V).
+        frame_lens: (B,) valid frames.
+        blank_id: vocabulary entry of the blank.
+        stack_size: frames in a stack; an incomplete one counts.
+
+    Returns:
+        (B, ceil(F / stack_size)) int64, growing along each row.
+    """
+    paths = logits.argmax(-1)  # (B, F)
+    before = functional.pad(paths, (1, 0), value=blank_id)[:, :-1]
+    begins = (paths != blank_id) & (paths != before) & length_mask(frame_lens, paths.shape[1])
+    counts = begins.long().cumsum(1)
+    # The last stack ends with the last frame there is.
+    ends = torch.arange(stack_size, paths.shape[1] + stack_size, stack_size, device=paths.device)
+    return counts[:, (ends - 1).clamp(max=paths.shape[1] - 1)]
 
 
 def ctc_greedy(logits: Tensor, frame_lens: Tensor, blank_id: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from model.configuration import SpeechLLMConfig
 from model.connectors import make_connector
 from model.connectors.stack import stack_frames
+from model.ctc import ctc_token_counts
 from model.encoder import encode, length_mask
 
 if TYPE_CHECKING:
@@ -36,6 +37,23 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 # What transformers' Auto classes hand on; the checkpoint's own configuration is read instead.
 _AUTO_CLASS_ARGUMENTS = {"config", "trust_remote_code", "adapter_kwargs"}
+
+
+def beside_text(is_audio: Tensor, counts: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Position ids that put audio beside the text that it says.
+
+    Args:
+        is_audio: (B, L), the audio positions.
+        counts: (B, L) int64, tokens heard up to each audio position; 0 elsewhere.
+        attention_mask: (B, L), 1 on valid positions; None where all are.
+
+    Returns:
+        (B, L) int64: text is numbered as though the audio were not there; audio in which the n-th
+        token is heard stands n positions after where the audio begins.
+    """
+    is_text = ~is_audio if attention_mask is None else ~is_audio & attention_mask.bool()
+    positions = is_text.long().cumsum(1) - 1
+    return (positions + is_audio * (1 + counts)).clamp(min=0)
 
 
 @dataclass
@@ -55,12 +73,15 @@ class EmbeddedAudio:
         audio_lens: (B,) valid embeddings.
         ctc_logits: (B, F, V) of the CTC head, None without one.
         frame_lens: (B,) valid encoder frames.
+        token_counts: (B, N) tokens that the CTC head has heard by the end of each embedding's
+            stretch; None unless `config.audio_positions` is `ctc`.
     """
 
     audio_embeds: Tensor
     audio_lens: Tensor
     ctc_logits: Tensor | None
     frame_lens: Tensor
+    token_counts: Tensor | None = None
 
 
 class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -87,6 +108,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Put the parts together; those not given are made with random weights."""
         super().__init__(config)
+        if config.audio_positions == "ctc" and "flash" in str(config._attn_implementation):
+            raise ValueError(
+                "flash attention takes positions that repeat for packed sequences; load a model "
+                "with audio_positions 'ctc' under sdpa or eager"
+            )
         self.encoder = encoder if encoder is not None else WhisperEncoder(config.encoder_config)
         self.llm = llm if llm is not None else AutoModelForCausalLM.from_config(config.llm_config)
         d_encoder = config.encoder_config.d_model
@@ -143,11 +169,33 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def embed_audio(self, encoder_frames: Tensor, frame_lens: Tensor) -> EmbeddedAudio:
         """Map encoder frames (B, F, D_enc) into the LLM's embedding space."""
         encoder_frames = encoder_frames.to(next(self.connector.parameters()).dtype)
-        audio_embeds, audio_lens = self.connector(encoder_frames, frame_lens)
-        ctc_logits = self.ctc_head(encoder_frames) if self.ctc_head is not None else None
+        adapted = self.connector.adapt(encoder_frames, frame_lens)
+        audio_embeds, audio_lens = self.connector(adapted, frame_lens)
+        ctc_logits = self.ctc_head(adapted) if self.ctc_head is not None else None
         if ctc_logits is not None and self.config.ctc == "fused":
             audio_embeds = audio_embeds + self._expected_token_embeds(ctc_logits, frame_lens)
-        return EmbeddedAudio(audio_embeds, audio_lens, ctc_logits, frame_lens)
+        counts = None
+        if ctc_logits is not None and self.config.audio_positions == "ctc":
+            blank_id, stack_size = self.config.pad_token_id, self.connector.stack_size
+            counts = ctc_token_counts(ctc_logits, frame_lens, blank_id, stack_size)
+        return EmbeddedAudio(audio_embeds, audio_lens, ctc_logits, frame_lens, counts)
+
+    def audio_position_ids(
+        self, input_ids: Tensor, attention_mask: Tensor | None, audio: EmbeddedAudio
+    ) -> Tensor | None:
+        """Position ids (B, L) of sequences with audio in them; None where they just count up.
+
+        Args:
+            input_ids: (B, L), audio positions marked by `config.audio_token_id`.
+            attention_mask: (B, L), 1 on valid positions; None where all are.
+            audio: what fills the audio positions.
+        """
+        if audio.token_counts is None:
+            return None
+        is_audio = input_ids == self.config.audio_token_id
+        valid = length_mask(audio.audio_lens, audio.token_counts.shape[1])
+        counts = torch.zeros_like(input_ids).masked_scatter(is_audio, audio.token_counts[valid])
+        return beside_text(is_audio, counts, attention_mask)
 
     def _expected_token_embeds(self, ctc_logits: Tensor, frame_lens: Tensor) -> Tensor:
         """Token embeddings expected under the CTC posteriors of each stack (B, N, D_llm).
@@ -191,7 +239,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             feature_lens: valid mel frames.
             encoder_frames: (B, F, D_enc) from a cache, in place of `input_features`.
             frame_lens: (B,) valid encoder frames.
-            position_ids: (B, L).
+            position_ids: (B, L); those of sequences with audio come from the audio where
+                `config.audio_positions` is `ctc`.
             past_key_values: the LLM's cache.
             inputs_embeds: (B, L, D_llm) in place of everything above.
             labels: (B, L), -100 where no loss is taken.
@@ -203,13 +252,16 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Loss (the mean over labelled positions), logits, cache, CTC logits.
 
         Raises:
-            ValueError: audio positions and audio embeddings differ in number, or audio comes
-                without its lengths.
+            ValueError: audio positions and audio embeddings differ in number, audio comes without
+                its lengths, or a cached sequence goes on without `position_ids` where audio takes
+                no positions.
         """
         if (input_features is None) != (feature_lens is None):
             raise ValueError("input_features and feature_lens belong together")
         if (encoder_frames is None) != (frame_lens is None):
             raise ValueError("encoder_frames and frame_lens belong together")
+        if position_ids is None:
+            self._require_start(past_key_values)
         audio = None
         if input_features is not None and feature_lens is not None:
             encoder_frames, frame_lens = self.encode(input_features, feature_lens)
@@ -219,6 +271,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if audio is not None:
                 inputs_embeds = self._insert_audio(input_ids, inputs_embeds, audio)
+                if attention_mask is None:  # else positions that repeat look like packed sequences
+                    attention_mask = torch.ones_like(input_ids)
+                beside = self.audio_position_ids(input_ids, attention_mask, audio)
+                position_ids = position_ids if beside is None else beside
         outputs = self.llm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -242,6 +298,13 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ctc_logits=audio.ctc_logits if audio is not None else None,
             frame_lens=audio.frame_lens if audio is not None else None,
         )
+
+    def _require_start(self, past_key_values: Cache | None) -> None:
+        goes_on = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if goes_on and self.config.audio_positions == "ctc":
+            raise ValueError(
+                "a sequence that goes on needs position_ids: the audio in the cache takes none"
+            )
 
     def _insert_audio(
         self, input_ids: Tensor, inputs_embeds: Tensor, audio: EmbeddedAudio
@@ -270,6 +333,10 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("input_features", "feature_lens", "encoder_frames", "frame_lens"):
                 inputs.pop(name, None)
+            if self.config.audio_positions == "ctc":
+                # `generate` counts every position; audio takes none.
+                n_audio = (input_ids == self.config.audio_token_id).sum(1, keepdim=True)
+                inputs["position_ids"] = inputs["position_ids"] - n_audio
         return inputs
 
 

@@ -196,10 +196,9 @@ class Transcriber:
         return [list(row) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
 
     def _read_ctc(self, frames: Tensor, frame_lens: Tensor) -> list[str | None]:
-        head = self.model.ctc_head
-        if head is None:
+        logits = self.model.embed_audio(frames, frame_lens).ctc_logits
+        if logits is None:
             return [None] * len(frames)
-        logits = head(frames.to(head.weight.dtype))
         paths = ctc_greedy(logits, frame_lens, self.processor.tokenizer.pad_token_id)
         return [self.processor.decode_transcript(path) for path in paths]
 

@@ -48,9 +48,15 @@ FAMILIES = {
 }  # fmt: skip
 
 
+BESIDE_TEXT = "qwen2, audio beside the text"
+
+
 def make_speech_model(folder: Path, family: str) -> Transcriber:
     """Write and load a checkpoint whose LLM is of this family."""
-    make_tiny_checkpoint(folder, llm_config=FAMILIES[family])
+    if family == BESIDE_TEXT:
+        make_tiny_checkpoint(folder, audio_positions="ctc")
+    else:
+        make_tiny_checkpoint(folder, llm_config=FAMILIES[family])
     return Transcriber.from_pretrained(folder, device="cpu")
 
 

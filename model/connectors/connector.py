@@ -20,9 +20,13 @@ class Connector(nn.Module, ABC):
 
     stack_size: int
 
+    def adapt(self, encoder_frames: Tensor, frame_lens: Tensor) -> Tensor:
+        """Frames (B, F, D_enc) that `forward` and the CTC head read, of the encoder's ones."""
+        return encoder_frames
+
     @abstractmethod
     def forward(self, encoder_frames: Tensor, frame_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Map frames (B, F, D_enc) of lengths (B,) to embeddings (B, N, D_llm) and theirs (B,)."""
+        """Map adapted frames (B, F, D_enc), lengths (B,) to embeddings (B, N, D_llm), theirs."""
 
     @abstractmethod
     def silence(self) -> None:

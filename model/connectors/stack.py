@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 from torch.nn import functional
 
 from model.connectors.connector import Connector
+from model.connectors.convolution import ConvolutionModule
 from model.encoder import length_mask
 
 if TYPE_CHECKING:
@@ -26,6 +27,15 @@ class StackConnectorConfig(BaseModel):
     type: Literal["stack"] = "stack"
     stack_size: int = Field(5, ge=1, le=50, description="encoder frames in one audio embedding")
     hidden_size: int = Field(2048, ge=1)
+    convolutions: int = Field(0, ge=0, le=16, description="convolution modules before stacking")
+    kernel_size: int = Field(15, ge=1, le=127, description="frames that each of them sees; odd")
+
+    @field_validator("kernel_size")
+    @classmethod
+    def _is_odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {value}")
+        return value
 
 
 def stack_frames(encoder_frames: Tensor, frame_lens: Tensor, stack_size: int) -> Tensor:
@@ -38,11 +48,14 @@ def stack_frames(encoder_frames: Tensor, frame_lens: Tensor, stack_size: int) ->
 
 
 class StackConnector(Connector):
-    """Stack S frames, then Linear, ReLU, Linear."""
+    """Convolution modules, if any; then stack S frames, Linear, ReLU, Linear."""
 
     def __init__(self, config: StackConnectorConfig, d_encoder: int, d_llm: int) -> None:
         super().__init__()
         self.stack_size = config.stack_size
+        self.convolutions = nn.ModuleList(
+            ConvolutionModule(d_encoder, config.kernel_size) for _ in range(config.convolutions)
+        )
         self.linear_in = nn.Linear(config.stack_size * d_encoder, config.hidden_size)
         self.linear_out = nn.Linear(config.hidden_size, d_llm)
 
@@ -56,8 +69,14 @@ class StackConnector(Connector):
         nn.init.zeros_(self.linear_out.weight)
         nn.init.zeros_(self.linear_out.bias)
 
+    def adapt(self, encoder_frames: Tensor, frame_lens: Tensor) -> Tensor:
+        """Let frames (B, F, D_enc) see their neighbours, within lengths (B,)."""
+        for module in self.convolutions:
+            encoder_frames = module(encoder_frames, frame_lens)
+        return encoder_frames
+
     def forward(self, encoder_frames: Tensor, frame_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Stack encoder frames and map them into the LLM's embedding space.
+        """Stack adapted encoder frames and map them into the LLM's embedding space.
 
         Args:
             encoder_frames: (B, F, D_enc), right-padded, one frame per 20 ms.

@@ -390,11 +390,11 @@ class FeatureAugmentConfig:
         noise_std: standard deviation of Gaussian noise, in those of each dimension in the clip.
     """
 
-    time_masks: int = 3
+    time_masks: int = 2
     max_time_share: float = 0.07
-    max_time_frames: int = 15
+    max_time_frames: int = 10
     dropout: float = 0.05
-    noise_std: float = 0.1
+    noise_std: float = 0.07
 
     def __post_init__(self) -> None:
         """Refuse negative values, shares above 1 and a dropout that leaves nothing.

@@ -21,7 +21,8 @@ from torch.nn import functional
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, WhisperFeatureExtractor
 
 from model.assembly import prepare_tokenizer
-from model.modeling import IGNORED_LABEL
+from model.configuration import AudioPositions
+from model.modeling import IGNORED_LABEL, beside_text
 from model.processing import SpeechLLMProcessor
 from model.training.acceleration import compile_layers, use_fast_attention
 
@@ -50,6 +51,7 @@ class LanguageModelConfig(BaseModel):
     max_word_errors: float = Field(0.35, ge=0, le=1, description="of a corrupted copy's words")
     positions_per_s: float = Field(12.5, gt=0, description="audio positions, of the connector")
     prompt: str = ""
+    audio_positions: AudioPositions = "sequence"
     batch_tokens: int = Field(4096, ge=64, description="padded target tokens in a batch")
     curriculum: float = Field(
         0.0,
@@ -176,10 +178,13 @@ class TextBatches:
 class LanguageModelObjective(nn.Module):
     """Next-token cross-entropy on sentence and EOS."""
 
-    def __init__(self, llm: Qwen2ForCausalLM, audio_token_id: int) -> None:
+    def __init__(
+        self, llm: Qwen2ForCausalLM, audio_token_id: int, audio_positions: AudioPositions
+    ) -> None:
         super().__init__()
         self.llm = llm
         self.audio_token_id = audio_token_id
+        self.audio_positions = audio_positions
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of one batch of `TextBatches`."""
@@ -190,12 +195,19 @@ class LanguageModelObjective(nn.Module):
         if self.training:
             # A posterior is rarely certain: shrink what is heard by a random confidence.
             audio_embeds = audio_embeds * torch.empty_like(audio_embeds[:, :1]).uniform_(0.5, 1.0)
+        is_audio = input_ids == self.audio_token_id
         inputs_embeds = embedding(input_ids).masked_scatter(
-            (input_ids == self.audio_token_id)[..., None], audio_embeds.to(embedding.weight.dtype)
+            is_audio[..., None], audio_embeds.to(embedding.weight.dtype)
         )
+        attention_mask = batch["attention_mask"].to(device)
+        position_ids = None
+        if self.audio_positions == "ctc":
+            said = torch.zeros_like(input_ids).masked_scatter(is_audio, (heard != SILENT).long())
+            position_ids = beside_text(is_audio, said.cumsum(1) * is_audio, attention_mask)
         logits = self.llm(
             inputs_embeds=inputs_embeds,
-            attention_mask=batch["attention_mask"].to(device),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             use_cache=False,
         ).logits
         loss = functional.cross_entropy(
@@ -252,7 +264,9 @@ class LanguageModelStage:
         use_fast_attention(self.llm)
         if config.compile_layers:
             compile_layers(self.llm)
-        self._module = LanguageModelObjective(self.llm, self.processor.audio_token_id)
+        self._module = LanguageModelObjective(
+            self.llm, self.processor.audio_token_id, config.audio_positions
+        )
         self._sentences = [self.processor.text_ids(text) for text in self._texts]
         self._dev_sentences = [self.processor.text_ids(text) for text in self._dev_texts]
 

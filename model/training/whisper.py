@@ -53,7 +53,7 @@ class WhisperStageConfig(BaseModel):
     new_parameters_first_steps: int = Field(
         0, ge=0, description="optimiser steps in which nothing but the tensors made anew is trained"
     )
-    encoder_lr_scale: float = Field(1.0, gt=0)
+    encoder_lr_scale: float = Field(1.0, ge=0, description="0 leaves the encoder as it is")
     tuned_share: float = Field(
         1.0, gt=0, le=1, description="of the stored encoder; the rest is the one it started from"
     )
@@ -187,6 +187,8 @@ class WhisperStage:
         use_fast_attention(self.whisper)
         # The sinusoids adapt too: in trimmed mode most clips use only the first positions.
         self.whisper.model.encoder.embed_positions.requires_grad_(True)
+        if config.encoder_lr_scale == 0:
+            self.whisper.model.encoder.requires_grad_(False)
         start_id = int(self.whisper.config.decoder_start_token_id)
         self._module = WhisperObjective(
             self.whisper,
@@ -231,18 +233,14 @@ class WhisperStage:
         anew = [] if self._module.ctc_head is None else list(self._module.ctc_head.parameters())
         if self.config.tokenizer is not None:
             anew.append(self.whisper.model.decoder.embed_tokens.weight)
-        encoder = list(self.whisper.model.encoder.parameters())
+        encoder = [p for p in self.whisper.model.encoder.parameters() if p.requires_grad]
         known = {id(parameter) for parameter in [*anew, *encoder]}
         decoder = [p for p in self._module.parameters() if p.requires_grad and id(p) not in known]
         frozen_steps = self.config.new_parameters_first_steps
-        groups: list[dict[str, Any]] = [
-            {"params": decoder, "frozen_steps": frozen_steps},
-            {
-                "params": [p for p in encoder if p.requires_grad],
-                "frozen_steps": frozen_steps,
-                "lr_scale": self.config.encoder_lr_scale,
-            },
-        ]
+        groups: list[dict[str, Any]] = [{"params": decoder, "frozen_steps": frozen_steps}]
+        if encoder:
+            scale = self.config.encoder_lr_scale
+            groups.append({"params": encoder, "frozen_steps": frozen_steps, "lr_scale": scale})
         if anew:
             groups.append({"params": anew, "lr_scale": self.config.new_parameters_lr_scale})
         return groups

@@ -23,8 +23,9 @@ speechllm train tokenizer --text "$prepared/lm_text.txt" --vocab-size 1024 \
     --output "$work/tokenizer"
 
 # Whisper in every tensor, its decoder's vocabulary replaced, CTC beside it. What is made anew goes
-# first, so that it does not distort what the encoder knows of voices. The human recordings count
-# five times.
+# first, so that it does not distort what the encoder knows of voices, and the encoder goes half way
+# back: few voices are in the data, and those of everybody else must not be forgotten. The human
+# recordings count five times.
 human=()
 for _ in 1 2 3 4; do human+=(--manifest "$prepared/train_human.jsonl"); done
 speechllm train whisper --manifest "$prepared/train.jsonl" "${human[@]}" \
@@ -32,46 +33,51 @@ speechllm train whisper --manifest "$prepared/train.jsonl" "${human[@]}" \
     --tokenizer "$work/tokenizer" --encoder-mode trimmed --ctc-weight 0.5 \
     --augment --spec-augment --noise-dir "$prepared/noise_train" --concatenation 0.2 \
     --epochs 2 --learning-rate 1.5e-4 --warmup-steps 200 --new-parameters-lr-scale 8 \
-    --new-parameters-first-steps 200 --label-smoothing 0.1 --max-batch-audio-s 80 \
-    --output "$work/whisper"
+    --new-parameters-first-steps 200 --tuned-share 0.5 --label-smoothing 0.1 \
+    --max-batch-audio-s 80 --output "$work/whisper"
 
 # Many voices without transcripts: those that Whisper now transcribes as they are labelled.
 python "$here/pseudo_label.py" --data-dir "$data" --whisper "$work/whisper" \
     --output "$prepared/picovoice.jsonl"
 
-# Again, with those voices and a sixth of the synthetic speech.
-awk 'NR % 6 == 0' "$prepared/train.jsonl" >"$work/train_sixth.jsonl"
+# Decoder and CTC head again, for the encoder as it is now, with those voices and a third of the
+# synthetic speech.
+awk 'NR % 3 == 0' "$prepared/train.jsonl" >"$work/train_third.jsonl"
 human=()
 for _ in 1 2 3; do
     human+=(--manifest "$prepared/train_human.jsonl" --manifest "$prepared/picovoice.jsonl")
 done
-speechllm train whisper --manifest "$work/train_sixth.jsonl" "${human[@]}" \
+speechllm train whisper --manifest "$work/train_third.jsonl" "${human[@]}" \
     --dev "$prepared/dev.jsonl" --whisper "$work/whisper" --encoder-mode trimmed \
     --ctc-weight 0.5 --augment --spec-augment --noise-dir "$prepared/noise_train" \
-    --concatenation 0.2 --epochs 1 --learning-rate 8e-5 --warmup-steps 30 \
+    --concatenation 0.2 --epochs 1 --learning-rate 8e-5 --warmup-steps 30 --encoder-lr-scale 0 \
     --label-smoothing 0.1 --max-batch-audio-s 80 --output "$work/whisper2"
 
 # A Qwen2 from random weights learns the language, and to read tokens spread over time.
 awk 'NR % 2 == 0' "$prepared/lm_text.txt" >"$work/lm_text_half.txt"
 speechllm train lm --text "$work/lm_text_half.txt" --dev-text "$prepared/dev.jsonl" \
     --tokenizer "$work/tokenizer" --epochs 1 --learning-rate 1.5e-3 --warmup-steps 50 \
-    --batch-tokens 700 --reading 0.9 --curriculum 0.9 --compile-layers --output "$work/lm"
+    --batch-tokens 700 --reading 0.9 --curriculum 0.4 --audio-positions ctc --compile-layers \
+    --output "$work/lm"
 
-# Connector, CTC head and LM learn from cached encoder outputs and from Whisper's decoder.
-speechllm cache --manifest "$prepared/train.jsonl" --encoder "$work/whisper2" \
+# Connector, CTC head and LM learn from cached encoder outputs and from Whisper's decoder: half of the
+# synthetic speech, all that is no speech, and several copies of what people said.
+awk 'NR % 2 == 0 || /"text": ""/' "$prepared/train.jsonl" >"$work/train_half.jsonl"
+speechllm cache --manifest "$work/train_half.jsonl" --encoder "$work/whisper2" \
     --llm "$work/lm" --output "$work/cache"
 speechllm cache --manifest "$prepared/train_human.jsonl" --encoder "$work/whisper2" \
-    --llm "$work/lm" --plain-copies 0 --augmented-copies 3 \
+    --llm "$work/lm" --augmented-copies 4 \
     --noise-dir "$prepared/noise_train" --output "$work/cache_human"
 speechllm cache --manifest "$prepared/picovoice.jsonl" --encoder "$work/whisper2" \
-    --llm "$work/lm" --augmented-copies 1 --noise-dir "$prepared/noise_train" \
+    --llm "$work/lm" --augmented-copies 3 --noise-dir "$prepared/noise_train" \
     --output "$work/cache_orders"
 speechllm train connector --cache "$work/cache" --cache "$work/cache_human" \
     --cache "$work/cache_orders" --dev "$prepared/dev.jsonl" --encoder "$work/whisper2" \
-    --llm "$work/lm" --ctc fused --prompt "" --language en --language mn --stack-size 4 \
-    --connector-hidden-size 512 --train-llm --llm-lr-scale 1.0 --teacher "$work/whisper2" \
-    --teacher-weight 0.4 --ctc-weight 0.3 --epochs 2 --learning-rate 8e-4 --warmup-steps 100 \
-    --max-batch-audio-s 60 --concatenation 0.2 --compile-layers --stored-dtype fp16 \
+    --llm "$work/lm" --ctc fused --audio-positions ctc --prompt "" --language en --language mn \
+    --stack-size 4 --connector-hidden-size 512 --connector-convolutions 2 --train-llm \
+    --llm-lr-scale 1.0 --teacher "$work/whisper2" --teacher-weight 0.5 --ctc-weight 0.3 \
+    --epochs 5 --learning-rate 8e-4 --warmup-steps 100 --max-batch-audio-s 60 \
+    --concatenation 0.25 --compile-layers --stored-dtype fp16 \
     --output "$work/connector"
 
 # What the server loads: the product without the run's state.

@@ -40,7 +40,9 @@ EncoderMode = Annotated[
 BatchSeconds = Annotated[float, _data_option(help="Padded audio seconds in a batch.")]
 MaxAudio = Annotated[float, _data_option(help="Longer utterances are left out, seconds.")]
 NoiseDir = Annotated[Path | None, _data_option(help="Recordings of noise for augmentation.")]
-
+Positions = Annotated[
+    str, typer.Option(help="sequence, or ctc: audio lies beside the text that the CTC head hears.")
+]
 CompileLayers = Annotated[
     bool, _option(help="torch.compile the LLM's layers: a minute's start, then faster steps.")
 ]
@@ -135,7 +137,11 @@ def parts(
         int, typer.Option(min=1, help="Encoder frames in one audio embedding.")
     ] = 5,
     connector_hidden_size: Annotated[int, typer.Option(min=1)] = 2048,
+    connector_convolutions: Annotated[
+        int, typer.Option(min=0, help="Convolution modules before connector and CTC head.")
+    ] = 0,
     ctc: Annotated[str, typer.Option(help="none, auxiliary or fused.")] = "none",
+    audio_positions: Positions = "sequence",
     prompt: Annotated[str | None, typer.Option(help="What the user turn asks.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="ISO 639-1 code; repeatable.")] = None,
 ) -> "Parts":
@@ -145,9 +151,13 @@ def parts(
 
     return Parts(
         encoder=encoder, llm=llm,
-        connector={"stack_size": stack_size, "hidden_size": connector_hidden_size}, ctc=ctc,
-        encoder_mode=encoder_mode, prompt=DEFAULT_PROMPT if prompt is None else prompt,
+        connector={
+            "stack_size": stack_size, "hidden_size": connector_hidden_size,
+            "convolutions": connector_convolutions,
+        },
+        ctc=ctc, encoder_mode=encoder_mode, prompt=DEFAULT_PROMPT if prompt is None else prompt,
         languages=tuple(language or ()), random_encoder=random_encoder,
+        audio_positions=audio_positions,
     )  # fmt: skip
 
 
@@ -207,7 +217,7 @@ def train_whisper(
     dropout: Annotated[float, typer.Option()] = 0.0,
     spec_augment: Annotated[bool, typer.Option(help="SpecAugment.")] = False,
     new_parameters_lr_scale: Annotated[float, typer.Option()] = 5.0,
-    encoder_lr_scale: Annotated[float, typer.Option()] = 1.0,
+    encoder_lr_scale: Annotated[float, typer.Option(help="0 leaves the encoder as it is.")] = 1.0,
     tuned_share: Annotated[
         float, typer.Option(help="Of the stored encoder; the rest is the one it started from.")
     ] = 1.0,
@@ -342,6 +352,7 @@ def train_language_model(
     key_value_heads: Annotated[int, typer.Option()] = 2,
     reading: Annotated[float, typer.Option(help="Share of sentences read from a copy.")] = 0.8,
     prompt: Annotated[str, typer.Option(help="What the user turn asks.")] = "",
+    audio_positions: Positions = "sequence",
     batch_tokens: Annotated[int, typer.Option(help="Padded target tokens in a batch.")] = 4096,
     curriculum: Annotated[
         float, typer.Option(help="Share of the first epoch that goes from easy to full reading.")
@@ -356,8 +367,8 @@ def train_language_model(
     config = LanguageModelConfig(
         tokenizer=tokenizer, hidden_size=hidden_size, intermediate_size=intermediate_size,
         layers=layers, heads=heads, key_value_heads=key_value_heads, reading=reading,
-        prompt=prompt, batch_tokens=batch_tokens, curriculum=curriculum,
-        compile_layers=compile_layers,
+        prompt=prompt, audio_positions=audio_positions, batch_tokens=batch_tokens,
+        curriculum=curriculum, compile_layers=compile_layers,
     )  # fmt: skip
     stage = LanguageModelStage(config, read_lines(text), read_lines(dev_text or []), loop.seed)
     _run(stage, loop, output, {"kind": "lm", **config.model_dump(mode="json")})

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from model.modeling import EmbeddedAudio
     from server.engine.decoding import Token
 
 _log = logging.getLogger(__name__)
@@ -59,12 +60,14 @@ class _Row:
     Attributes:
         prompt_tokens: length of its prompt.
         last_embed: (D,) of the prompt's last position.
+        position_offset: of its answer's position ids from its length in the slot.
         sampler: chooses its tokens.
         next_id: the token to feed; None for the prompt's last position.
     """
 
     prompt_tokens: int
     last_embed: Tensor
+    position_offset: int
     sampler: TokenSampler
     next_id: int | None = None
 
@@ -196,7 +199,7 @@ class SpeechRunner:
         A failure leaves the slots as they were.
         """
         started_s = time.perf_counter()
-        audio_embeds, audio_lens = self._embed_audio(plans)
+        audio = self._embed_audio(plans)
         encoded_s = time.perf_counter()
         input_ids = pad_sequence(
             [torch.tensor(plan.input_ids) for plan in plans],
@@ -204,20 +207,29 @@ class SpeechRunner:
             padding_value=self._processor.tokenizer.pad_token_id,
         ).to(self._device)
         embeds = self._embed(input_ids)  # (B, L, D), right-padded
-        packed = audio_embeds[length_mask(audio_lens, audio_embeds.shape[1])].to(embeds.dtype)
+        valid = length_mask(audio.audio_lens, audio.audio_embeds.shape[1])
         is_audio = input_ids == self._audio_token_id
-        embeds = embeds.masked_scatter(is_audio[..., None], packed)
-        self._prefill(embeds[:, :-1])
-        lens = [len(plan.input_ids) for plan in plans]
-        self._slots.join([length - 1 for length in lens])
+        embeds = embeds.masked_scatter(
+            is_audio[..., None], audio.audio_embeds[valid].to(embeds.dtype)
+        )
+        # Right-padded: what stands behind a prompt moves none of its positions.
+        position_ids = self._model.audio_position_ids(input_ids, None, audio)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=self._device).expand_as(
+                input_ids
+            )
+        self._prefill(embeds[:, :-1], position_ids[:, :-1])
+        ends = [len(plan.input_ids) - 1 for plan in plans]
+        self._slots.join(ends)
         self._rows += [
-            _Row(length, embeds[row, length - 1], TokenSampler(plan.decoding))
-            for row, (length, plan) in enumerate(zip(lens, plans, strict=True))
+            _Row(end + 1, embeds[row, end], int(positions[end]) - end, TokenSampler(plan.decoding))
+            for row, (end, positions, plan) in enumerate(
+                zip(ends, position_ids.tolist(), plans, strict=True)
+            )
         ]
         return StartReport(encoded_s - started_s, time.perf_counter() - encoded_s)
 
-    def _embed_audio(self, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
-        """(B, N, D) audio embeddings and their lengths (B,)."""
+    def _embed_audio(self, plans: Sequence[Plan]) -> EmbeddedAudio:
         waveforms = [plan.waveform for plan in plans]
         features, feature_lens = self._processor.features(waveforms, self._device)
         frames, frame_lens = self._model.encode(features, feature_lens)
@@ -228,9 +240,9 @@ class SpeechRunner:
         wanted = [plan.input_ids.count(self._audio_token_id) for plan in plans]
         if audio.audio_lens.tolist() != wanted:
             raise RuntimeError(f"{wanted} audio positions, {audio.audio_lens.tolist()} embeddings")
-        return audio.audio_embeds, audio.audio_lens
+        return audio
 
-    def _prefill(self, embeds: Tensor) -> None:
+    def _prefill(self, embeds: Tensor, position_ids: Tensor) -> None:
         n_rows, length = embeds.shape[:2]
         self._slots.begin_prefill(n_rows)
         if not length:  # prompts of a single position have no past
@@ -239,7 +251,7 @@ class SpeechRunner:
         # no output layer, whose logits nobody would read.
         self._llm.base_model(
             inputs_embeds=embeds,
-            position_ids=torch.arange(length, device=embeds.device).expand(n_rows, length),
+            position_ids=position_ids,
             past_key_values=self._slots,
             use_cache=True,
         )
@@ -253,10 +265,11 @@ class SpeechRunner:
         active = self._rows[rows]
         embeds = self._next_embeds(active)
         position_ids = self._slots.begin_decode(rows)
+        offsets = torch.tensor([row.position_offset for row in active], device=self._device)
         logits = self._llm(
             inputs_embeds=embeds,
             attention_mask=self._masks.build(self._slots, embeds.dtype),
-            position_ids=position_ids,
+            position_ids=position_ids + offsets[:, None],
             past_key_values=self._slots,
             use_cache=True,
         ).logits[:, -1]

@@ -91,6 +91,7 @@ def lm_options(folder: Path) -> list[object]:
         "--text", folder / "text.txt", "--tokenizer", folder / "tokenizer", "--epochs", 2,
         "--hidden-size", 48, "--intermediate-size", 64, "--layers", 1, "--heads", 4,
         "--batch-tokens", 100, "--warmup-steps", 2, "--curriculum", 0.5,
+        "--audio-positions", "ctc",
     ]  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def connector_options(folder: Path) -> list[object]:
     return [
         "--encoder", folder / "whisper", "--llm", folder / "lm", "--ctc", "fused",
         "--prompt", "", "--language", "en", "--stack-size", 4, "--connector-hidden-size", 32,
+        "--connector-convolutions", 1, "--audio-positions", "ctc",
         "--precision", "fp32", "--epochs", 1, "--max-batch-audio-s", 4, "--warmup-steps", 2,
         "--workers", 0, "--stored-dtype", "fp32",
     ]  # fmt: skip
@@ -149,6 +151,19 @@ def test_new_parameters_first_leaves_the_pretrained_ones_alone(work: Path, tmp_p
     assert after[embedding].shape != before[embedding].shape  # made anew
     for name in after.keys() - {embedding, "proj_out.weight"}:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=0)
+
+
+def test_an_encoder_without_a_learning_rate_stays_as_it_is(work: Path, tmp_path: Path) -> None:
+    run(
+        "train", "whisper", *whisper_options(work), "--encoder-lr-scale", 0,
+        "--output", tmp_path / "run",
+    )  # fmt: skip
+    before, after = (load_file(f / "model.safetensors") for f in (work / "base", tmp_path / "run"))
+    for name, tensor in before.items():
+        if name.startswith("model.encoder."):
+            assert torch.equal(tensor, after[name]), name
+        elif name.startswith("model.decoder.layers."):
+            assert not torch.equal(tensor, after[name]), name
 
 
 def test_a_tuned_share_lies_between_the_first_encoder_and_the_tuned_one(

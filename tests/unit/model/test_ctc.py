@@ -2,7 +2,7 @@
 
 import torch
 
-from model.ctc import ctc_greedy, ctc_loss
+from model.ctc import ctc_greedy, ctc_loss, ctc_token_counts
 
 BLANK = 0
 
@@ -14,6 +14,14 @@ def one_hot(path: list[int], size: int = 4) -> torch.Tensor:
 def test_greedy_merges_repeats_and_removes_blanks() -> None:
     logits = one_hot([1, 1, 0, 1, 2, 2, 0, 3])
     assert ctc_greedy(logits, torch.tensor([8]), BLANK) == [[1, 1, 2, 3]]
+
+
+def test_tokens_are_counted_up_to_the_end_of_each_stack() -> None:
+    logits = one_hot([0, 1, 1, 0, 1, 2, 2, 0, 3])
+    counts = ctc_token_counts(logits, torch.tensor([9]), BLANK, 2)
+    assert counts.tolist() == [[1, 1, 3, 3, 4]]
+    assert ctc_token_counts(logits, torch.tensor([5]), BLANK, 2)[0, :3].tolist() == [1, 1, 2]
+    assert ctc_token_counts(logits, torch.tensor([9]), BLANK, 4).tolist() == [[1, 3, 4]]
 
 
 def test_greedy_stops_at_the_clip_s_length() -> None:

@@ -17,7 +17,7 @@ from transformers import (
 
 from model.checkpoint import load_model, load_processor
 from model.configuration import SpeechLLMConfig
-from model.modeling import SpeechLLMForConditionalGeneration
+from model.modeling import SpeechLLMForConditionalGeneration, beside_text
 from model.processing import SpeechLLMProcessor
 from tests.conftest import make_tiny_checkpoint
 
@@ -30,14 +30,25 @@ def clips() -> list[np.ndarray]:
     return [(0.1 * rng.standard_normal(int(16_000 * s))).astype(np.float32) for s in SECONDS]
 
 
+@pytest.fixture(scope="module", params=["sequence", "ctc"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    make_tiny_checkpoint(
+        folder,
+        audio_positions=request.param,
+        connector={"stack_size": 4, "hidden_size": 64, "convolutions": 1},
+    )
+    return folder
+
+
 @pytest.fixture(scope="module")
-def processor(tiny_checkpoint: Path) -> SpeechLLMProcessor:
-    return load_processor(tiny_checkpoint)
+def processor(checkpoint: Path) -> SpeechLLMProcessor:
+    return load_processor(checkpoint)
 
 
 @pytest.fixture
-def model(tiny_checkpoint: Path) -> SpeechLLMForConditionalGeneration:
-    return load_model(tiny_checkpoint)
+def model(checkpoint: Path) -> SpeechLLMForConditionalGeneration:
+    return load_model(checkpoint)
 
 
 @torch.inference_mode()
@@ -120,10 +131,13 @@ def test_teacher_forced_logits_equal_step_by_step_logits(
         use_cache=True,
     )
     steps = [output.logits[0, -1]]
+    beside = model.config.audio_positions == "ctc"
+    offset = int((batch["input_ids"] == processor.audio_token_id).sum()) if beside else 0
     for position in range(n_prompt, batch["input_ids"].shape[1]):
         output = model(
             input_ids=batch["input_ids"][:, position : position + 1],
             attention_mask=batch["attention_mask"][:, : position + 1],
+            position_ids=torch.tensor([[position - offset]]),
             past_key_values=output.past_key_values,
             use_cache=True,
         )
@@ -165,6 +179,29 @@ def test_the_answer_depends_on_the_text_before_it(
 
 
 @torch.inference_mode()
+def test_audio_beside_the_text_takes_no_positions() -> None:
+    is_audio = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    counts = torch.tensor([[0, 0, 0, 1, 1, 2, 0, 0, 0]])
+    positions = beside_text(is_audio, counts, None)
+    assert positions.tolist() == [[0, 1, 2, 3, 3, 4, 2, 3, 4]]
+    padded = beside_text(
+        torch.nn.functional.pad(is_audio, (2, 0)),
+        torch.nn.functional.pad(counts, (2, 0)),
+        torch.tensor([[0, 0] + [1] * 9]),
+    )
+    assert padded[:, 2:].tolist() == positions.tolist()
+
+
+def test_a_cached_sequence_with_audio_beside_it_does_not_go_on_without_positions(
+    tmp_path: Path,
+) -> None:
+    make_tiny_checkpoint(tmp_path / "model", audio_positions="ctc")
+    model, processor = load_model(tmp_path / "model"), load_processor(tmp_path / "model")
+    first = model(**processor(clips()[:1]), use_cache=True)
+    with pytest.raises(ValueError, match="needs position_ids"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=first.past_key_values)
+
+
 def test_audio_positions_must_match_the_audio(
     model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
 ) -> None:
@@ -240,6 +277,8 @@ def test_auto_classes_know_the_model(tiny_checkpoint: Path) -> None:
     [
         ({"encoder_mode": "cropped"}, "encoder_mode must be one of padded, trimmed"),
         ({"ctc": "maybe"}, "ctc must be one of none, auxiliary, fused"),
+        ({"audio_positions": "time"}, "audio_positions must be one of sequence, ctc"),
+        ({"audio_positions": "ctc"}, "needs a CTC head"),
         ({"max_audio_s": 31}, r"max_audio_s must lie in \(0, 30\], got 31"),
         ({"pad_token_id": 3, "eos_token_id": 3}, "EOS would be padding"),
         ({"max_tokens_per_audio_s": 0}, "must be positive"),

@@ -28,7 +28,9 @@ def test_padding_and_batch_change_nothing() -> None:
 
 
 def test_defaults_are_five_frames_and_2048() -> None:
-    assert connector_config({}) == {"type": "stack", "stack_size": 5, "hidden_size": 2048}
+    config = connector_config({})
+    assert (config["type"], config["stack_size"], config["hidden_size"]) == ("stack", 5, 2048)
+    assert config["convolutions"] == 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from server.engine.generation import Generation
 from server.engine.runner import SpeechRunner
 from server.errors import InvalidRequestError
 from tests.conftest import make_tiny_checkpoint
-from tests.speech_models import FAMILIES, generate_alone, make_speech_model, noise
+from tests.speech_models import BESIDE_TEXT, FAMILIES, generate_alone, make_speech_model, noise
 
 SECONDS = (0.3, 2.9, 1.1, 4.0, 0.7)
 
@@ -53,7 +53,7 @@ class Driver:
             self.step()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, BESIDE_TEXT])
 def transcriber(request, tmp_path_factory):
     return make_speech_model(tmp_path_factory.mktemp("model") / "checkpoint", request.param)
 
