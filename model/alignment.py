@@ -151,7 +151,7 @@ def align_words(
         text: the transcript; it is tokenised as in the head's training.
         processor: of the checkpoint.
         ctc_head: of the checkpoint.
-        encoder_frames: (F, D) valid frames of the clip.
+        encoder_frames: (F, D) valid frames of the clip, as the head reads them.
 
     Returns:
         The words in order; None where the text is too long for the frames.

@@ -320,7 +320,9 @@ class SpeechRunner:
         head = self._model.ctc_head
         if head is None or not isinstance(frames, torch.Tensor):
             return None
-        spans = align_words(text, self._processor, head, frames)
+        lens = torch.tensor([len(frames)], device=frames.device)
+        adapted = self._model.connector.adapt(frames[None].to(head.weight.dtype), lens)
+        spans = align_words(text, self._processor, head, adapted[0])
         if spans is None:
             return None
         return tuple(
