@@ -118,16 +118,16 @@ def _transcription(
 
 def _segment(part: Transcribed) -> Segment:
     """Place an excerpt's answer in the recording."""
-    excerpt, result = part.excerpt, part.result
+    result = part.result
     words = None
     if result.words is not None:
-        begin_s = excerpt.start / SAMPLE_RATE_HZ
+        begin_s = part.start / SAMPLE_RATE_HZ
         words = tuple(
             Word(word.text, begin_s + word.start_s, begin_s + word.end_s) for word in result.words
         )
     return Segment(
-        start_s=words[0].start_s if words else excerpt.speech_start / SAMPLE_RATE_HZ,
-        end_s=words[-1].end_s if words else excerpt.speech_end / SAMPLE_RATE_HZ,
+        start_s=words[0].start_s if words else part.speech_start / SAMPLE_RATE_HZ,
+        end_s=words[-1].end_s if words else part.speech_end / SAMPLE_RATE_HZ,
         text=result.text,
         words=words,
         token_ids=result.token_ids,

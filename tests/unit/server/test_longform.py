@@ -1,7 +1,9 @@
 """Excerpts through an engine that answers when a test tells it to."""
 
 import asyncio
+import collections
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -112,9 +114,35 @@ async def test_parts_come_in_the_order_of_the_recording():
     bench = Bench()
     recording = await bench.run(Decoding(12))
     assert [part.result.text for part in recording.parts] == [f"word{i}" for i in range(12)]
-    assert [part.excerpt.start for part in recording.parts] == [i * 160_000 for i in range(12)]
+    assert [part.start for part in recording.parts] == [i * 160_000 for i in range(12)]
     assert recording.duration_s == 120.0
     assert [request.id for request in bench.engine.requests[:2]] == ["job", "job/1"]
+
+
+async def test_no_more_audio_is_held_than_is_in_flight():
+    alive = weakref.WeakSet()
+    most_alive = 0
+
+    class Waveform(np.ndarray):
+        """An array that a set can hold."""
+
+        __hash__ = object.__hash__
+
+    async def stream():
+        nonlocal most_alive
+        for index in range(30):
+            waveform = np.full(16_000, index, np.float32).view(Waveform)
+            alive.add(waveform)
+            most_alive = max(most_alive, len(alive))
+            yield Excerpt(waveform, index * 16_000, index * 16_000, (index + 1) * 16_000)
+            del waveform
+
+    bench = Bench(in_flight=3)
+    bench.engine.requests = collections.deque(maxlen=1)
+    recording = await bench.transcriber.run(stream())
+    assert len(recording.parts) == 30
+    # Those in flight, the one that is waited for, and what the engine of this test remembers.
+    assert most_alive <= 3 + 2 + 1
 
 
 async def test_only_so_many_excerpts_are_in_flight_and_the_decoder_waits():
