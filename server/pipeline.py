@@ -79,7 +79,11 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
             on_text=on_event,
         )
         decoding = runtime.decode_pool.stream(
-            data, limits, max_excerpt_s=engine.max_audio_s, finds_speech=options.vad
+            data,
+            limits,
+            max_clip_s=engine.max_audio_s,
+            max_excerpt_s=min(engine.max_audio_s, settings.max_excerpt_s),
+            finds_speech=options.vad,
         )
         recording = await transcriber.run(decoding)
     transcription = _transcription(recording, options, started_s)

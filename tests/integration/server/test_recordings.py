@@ -9,6 +9,8 @@ import pytest
 import soundfile
 
 from server.app import create_app
+from server.audio.clip import Excerpt
+from server.audio.segmentation import excerpts
 from server.options import TranscribeOptions
 from server.pipeline import transcribe_upload
 from server.settings import Settings
@@ -17,7 +19,7 @@ from tests.recordings import encode, speechlike
 
 pytestmark = pytest.mark.anyio
 
-PAUSES_S = (0.4, 1.0, 2.5)
+PAUSES_S = (0.7, 1.0, 2.5)
 
 
 @pytest.fixture(scope="module")
@@ -75,26 +77,31 @@ def words_of(text):
     return "".join(kept).split()
 
 
-@pytest.fixture(scope="module")
-async def alone(runtime, sentences):
-    """What the model says of each sentence alone."""
-    return [(await transcribe(runtime, clip)).text for clip, _ in sentences]
+def cut(waveform, *, vad):
+    found = excerpts(
+        [waveform], whole_samples=30 * 16_000, max_samples=15 * 16_000, finds_speech=vad
+    )
+    return [each for each in found if isinstance(each, Excerpt)]
 
 
 @pytest.mark.parametrize(("seconds", "vad"), [(60, True), (90, True), (120, True), (60, False)])
-async def test_a_minute_and_more_loses_and_doubles_no_words(
-    runtime, sentences, alone, seconds, vad
-):
+async def test_a_minute_and_more_is_what_its_pieces_say_in_order(runtime, sentences, seconds, vad):
     waveform, said = joined(sentences, seconds)
     told = []
     found = await transcribe(runtime, waveform, told.append, timestamps="word", vad=vad)
     assert found.duration_s == seconds
     assert found.text == " ".join(segment.text for segment in found.segments) == "".join(told)
-    # The model's mistakes aside, there are as many words as in the sentences one by one.
-    heard, expected = words_of(found.text), words_of(" ".join(alone[: len(said)]))
-    assert abs(len(heard) - len(expected)) <= 0.1 * len(expected)
-    reference = words_of(" ".join(text for text, _, _ in said))
-    assert jiwer.wer(" ".join(reference), " ".join(heard)) < 0.55
+    if seconds == 60:
+        # FLAC holds 16 bits.
+        pieces = cut((waveform * 32768).round().astype(np.float32) / 32768, vad=vad)
+        alone = [(await transcribe(runtime, piece.waveform, vad=False)).text for piece in pieces]
+        assert found.text == " ".join(text for text in alone if text)
+    if vad:
+        # The model mishears, but every sentence is there once.
+        heard, reference = words_of(found.text), words_of(" ".join(text for text, _, _ in said))
+        assert abs(len(heard) - len(reference)) <= 0.1 * len(reference)
+        assert jiwer.wer(" ".join(reference), " ".join(heard)) < 0.55
+        assert len(found.segments) >= len(said) - 1
 
     assert found.alignment == "ctc"
     edges_s = [e for s in found.segments for w in s.words for e in (w.start_s, w.end_s)]
@@ -128,7 +135,7 @@ async def test_words_are_placed_where_they_were_said(runtime, shared_data):
         own = [w for w in words if w.start_s < end_s and w.end_s > start_s]
         if [words_of(w.text) for w in own] == [[text]]:
             assert own[0].start_s == pytest.approx(start_s, abs=0.2)
-            assert own[0].end_s == pytest.approx(end_s, abs=0.2)
+            assert end_s - 0.3 < own[0].end_s < end_s + 0.2  # clips end in a quiet moment
             placed += 1
     assert placed >= 7
 

@@ -53,7 +53,7 @@ class Decoders:
         return self.runner.run(self._decode(data))
 
     async def _decode(self, data):
-        stream = self.pool.stream(data, LIMITS, max_excerpt_s=1.0)
+        stream = self.pool.stream(data, LIMITS, max_clip_s=1.0, max_excerpt_s=1.0)
         return [each async for each in stream]
 
     def peak_kib(self):
