@@ -114,4 +114,5 @@ def _load_runner(settings: Settings) -> Runner:
         settings.dtype,
         max_slots=settings.max_batch_size,
         kv_cache_bytes=settings.kv_cache_mib << 20 or None,
+        cuda_graphs=settings.cuda_graphs,
     )

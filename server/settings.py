@@ -137,6 +137,11 @@ class Settings(BaseSettings):
         description="Decode a text that repeats itself again under a penalty, and cut it if that "
         "does not help.",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="Record decode steps as CUDA graphs, for LLMs built like Llama. Not yet tried "
+        "on a GPU.",
+    )
     silence_gate: bool = Field(
         True,
         description="Answer a clip that is nowhere louder than -60 dBFS with an empty text, "

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -137,6 +138,7 @@ class SpeechRunner:
         *,
         max_slots: int,
         kv_cache_bytes: int | None = None,
+        cuda_graphs: bool = False,
     ) -> SpeechRunner:
         """Load a checkpoint.
 
@@ -145,7 +147,10 @@ class SpeechRunner:
         """
         disable_progress_bar()  # a server's stderr is a log
         transcriber = Transcriber.from_pretrained(model, device, dtype)
-        return cls(transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes)
+        make_pass = partial(choose_pass, cuda_graphs=cuda_graphs)
+        return cls(
+            transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes, make_pass=make_pass
+        )
 
     @property
     def max_audio_s(self) -> float:
