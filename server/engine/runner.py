@@ -130,7 +130,7 @@ class SpeechRunner:
         )
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - what one runner needs
         cls,
         model: str,
         device: str,
