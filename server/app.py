@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import docs, health, openai, transcribe, web
+from server.api import docs, health, openai, realtime, transcribe, web
 from server.api.errors import install_error_handlers
 from server.api.health import version
 from server.api.middleware import RequestMiddleware
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
+from server.engine.interface import Guards
 from server.engine.scheduler import ScheduleLimits
 from server.metrics import Metrics
 from server.runtime import Runtime
@@ -78,6 +79,7 @@ def create_app(
     install_error_handlers(app)
     app.include_router(transcribe.router)
     app.include_router(openai.router)
+    app.include_router(realtime.router)
     app.include_router(health.router)
     app.include_router(web.router)
     app.include_router(docs.router)
@@ -96,19 +98,21 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
         partial(_load_runner, settings),
         limits,
         Admission(max_requests=settings.max_queue_size, max_audio_s=settings.max_queue_audio_s),
-        guards_loops=settings.loop_guard,
+        guards=Guards(loops=settings.loop_guard, silence=settings.silence_gate),
         on_iteration=metrics.iterated,
     )
 
 
 def _load_runner(settings: Settings) -> Runner:
     # Importing torch takes seconds; in the device's thread it delays no health check.
-    from server.engine.runner import SpeechRunner  # noqa: PLC0415 - see above
+    from server.engine.runner import SpeechRunner, use_cpu_threads  # noqa: PLC0415 - see above
 
+    use_cpu_threads(settings.cpu_threads)
     return SpeechRunner.load(
         settings.model,
         settings.device,
         settings.dtype,
         max_slots=settings.max_batch_size,
         kv_cache_bytes=settings.kv_cache_mib << 20 or None,
+        cuda_graphs=settings.cuda_graphs,
     )

@@ -52,6 +52,7 @@ async def index(request: Request, runtime: RuntimeDependency) -> Response:
         endpoints={
             "POST /transcribe": "a recording in the multipart field 'file' -> its text",
             "POST /v1/audio/transcriptions": "the same, as OpenAI's API has it",
+            "WS /v1/realtime": "audio while it is spoken -> text, as OpenAI's API has it",
             "GET /v1/models": "the models that can be asked for",
             "GET /docs": "this API, to try out",
             "GET /health/ready": "200 while requests are taken",

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.core import EngineCore, Outcome
-from server.engine.interface import EngineStats
+from server.engine.interface import ALL_GUARDS, EngineStats
 from server.errors import (
     InferenceFailedError,
     NotReadyError,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from server.engine.interface import (
         EngineRequest,
         EngineResult,
+        Guards,
         IterationReport,
         Piece,
         Runner,
@@ -49,7 +50,7 @@ class ContinuousEngine:
         limits: ScheduleLimits,
         admission: Admission,
         *,
-        guards_loops: bool = True,
+        guards: Guards = ALL_GUARDS,
         on_iteration: Callable[[IterationReport], None] = lambda _report: None,
     ) -> None:
         """Prepare; `start` loads.
@@ -58,12 +59,12 @@ class ContinuousEngine:
             load: makes the runner, in the device's thread; again after the engine has died.
             limits: of an iteration.
             admission: bounds what holds a ticket and does not run yet.
-            guards_loops: whether answers that repeat themselves are broken off.
+            guards: against what LLM decoders are prone to.
             on_iteration: told of each iteration, in the device's thread.
         """
         self._load = load
         self._limits = limits
-        self._guards_loops = guards_loops
+        self._guards = guards
         self._on_iteration = on_iteration
         self._admission = admission
         self._entries: dict[int, _Entry] = {}
@@ -114,7 +115,7 @@ class ContinuousEngine:
         return EngineCore(
             runner,
             self._limits,
-            guards_loops=self._guards_loops,
+            guards=self._guards,
             on_iteration=self._on_iteration,
         )
 
@@ -205,7 +206,8 @@ class ContinuousEngine:
             if (entry := self._entries.pop(key, None)) is None:
                 continue
             entry.end(answer)
-            if not isinstance(answer, ServerError):
+            # Silence took no work, and says nothing of how fast work is done.
+            if not isinstance(answer, ServerError) and answer.batch_size:
                 finished.append(entry.request.audio_s)
         self._admission.rate.record(
             requests=len(finished), audio_s=sum(finished), busy_s=outcome.busy_s

@@ -69,7 +69,8 @@ class Decoding:
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token is taken as it is and nothing besides is asked for."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and not self.logprobs
+        is_greedy = self.temperature == 0 and self.num_beams == 1
+        return is_greedy and self.repetition_penalty == 1 and not self.logprobs
 
 
 GREEDY = Decoding()
@@ -86,3 +87,18 @@ class Token:
 
     id: int
     logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest next tokens of one beam, the best first.
+
+    Attributes:
+        token_ids: in the LLM's vocabulary.
+        scores: natural logarithms of their probabilities, after the repetition penalty.
+        logprobs: the same without it.
+    """
+
+    token_ids: tuple[int, ...]
+    scores: tuple[float, ...]
+    logprobs: tuple[float, ...]

@@ -16,6 +16,7 @@ from schemathesis.specs.openapi.checks import (
 from tests.recordings import encode
 from tests.speech_models import noise
 
+TIMEOUT_S = 180
 CLIP = encode(noise(0.3).clip(-1, 1))
 CHECKS = [
     not_a_server_error,
@@ -68,7 +69,7 @@ def test_what_the_document_allows_is_answered_as_it_says(api, method, path):
     @BOUNDED
     @given(case=operation.as_strategy())
     def check(case):
-        case.call_and_validate(checks=CHECKS, timeout=60)
+        case.call_and_validate(checks=CHECKS, timeout=TIMEOUT_S)
 
     check()
 
@@ -80,7 +81,7 @@ def test_what_it_does_not_allow_is_refused_as_it_says(api, method, path):
     @BOUNDED
     @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE))
     def check(case):
-        case.call_and_validate(checks=CHECKS, timeout=60)
+        case.call_and_validate(checks=CHECKS, timeout=TIMEOUT_S)
 
     check()
 
@@ -106,7 +107,7 @@ def test_any_options_beside_a_real_recording_are_answered_as_it_says(api, path, 
         else:
             case.body = CLIP
             case.query.pop("deadline_ms", None)  # a millisecond is rightly 504
-        statuses[case.call_and_validate(checks=CHECKS, timeout=60).status_code] += 1
+        statuses[case.call_and_validate(checks=CHECKS, timeout=TIMEOUT_S).status_code] += 1
 
     check()
     assert set(statuses) <= {200, 400, 404}
