@@ -7,8 +7,10 @@ ServerError
 │   ├── ModelUnknownError           no such model is served
 │   ├── TaskUnsupportedError        something that no speech model here can do
 │   ├── ApiKeyError                 no key, or a wrong one
+│   ├── OriginRefusedError          a page that may not call this server
 │   ├── UploadTooLargeError         more bytes than allowed
 │   ├── UploadStalledError          its bytes have stopped coming
+│   ├── BufferEmptyError            a live session has no audio to commit
 │   └── AudioError
 │       ├── AudioEmptyError         no bytes, or not one sample
 │       ├── AudioUnrecognisedError  no container that we know
@@ -20,6 +22,7 @@ ServerError
 ├── CapacityError                   come back later
 │   ├── QueueFullError              too many requests wait already
 │   ├── RateLimitedError            the client's key has used up its share
+│   ├── BufferFullError             a live session's audio comes faster than it is worked on
 │   ├── NotReadyError               the model is still loading, or has failed to
 │   └── ShuttingDownError           the server is about to end
 ├── DeadlineExceededError           the answer would come too late
@@ -71,12 +74,20 @@ class ApiKeyError(RequestError):
     """The request has no key, or a wrong one."""
 
 
+class OriginRefusedError(RequestError):
+    """A browser's page that may not call this server."""
+
+
 class UploadTooLargeError(RequestError):
     """The upload has more bytes than allowed."""
 
 
 class UploadStalledError(RequestError):
     """The upload's bytes have stopped coming."""
+
+
+class BufferEmptyError(RequestError):
+    """A live session has no audio, or next to none, to commit."""
 
 
 class AudioError(RequestError):
@@ -134,6 +145,10 @@ class QueueFullError(CapacityError):
 
 class RateLimitedError(CapacityError):
     """The client's key has used up its share."""
+
+
+class BufferFullError(CapacityError):
+    """A live session's audio comes faster than it is worked on."""
 
 
 class NotReadyError(CapacityError):

@@ -19,7 +19,7 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from server.engine.interface import EngineResult, EngineStats, IterationReport
 
@@ -71,13 +71,14 @@ class Metrics:
         )
         self._clip_seconds = Histogram(
             "speechllm_clip_seconds",
-            "Length of the transcribed clips, seconds.",
+            "Length of the transcribed recordings, seconds.",
             buckets=_CLIP_SECONDS,
             registry=registry,
         )
         self._transcripts = Counter(
             "speechllm_transcripts",
-            "Transcripts by how they ended: stop, length (token cap), loop or empty.",
+            "Transcripts of clips by how they ended: stop, length (token cap), loop, empty, or "
+            "no_speech, which the model did not hear.",
             ["outcome"],
             registry=registry,
         )
@@ -129,6 +130,33 @@ class Metrics:
         self._failed_batches = Counter(
             "speechllm_batch_failures",
             "Calls into the model that failed; their clips are tried in smaller batches.",
+            registry=registry,
+        )
+
+        self._realtime_sessions = Gauge(
+            "speechllm_realtime_sessions", "Live sessions that are open.", registry=registry
+        )
+        self._realtime_ended = Counter(
+            "speechllm_realtime_sessions_ended",
+            "Live sessions by how they ended: client, idle, expired, slow_reader, shutdown, error.",
+            ["reason"],
+            registry=registry,
+        )
+        self._first_delta_seconds = Histogram(
+            "speechllm_realtime_first_delta_seconds",
+            "From the moment speech was noticed to the first text of its turn.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._finalisation_seconds = Histogram(
+            "speechllm_realtime_finalisation_seconds",
+            "From the end of a turn to its whole transcript.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._contradictions = Counter(
+            "speechllm_realtime_contradictions",
+            "Pieces of turns whose last transcript did not begin with the text sent before.",
             registry=registry,
         )
 
@@ -191,13 +219,36 @@ class Metrics:
         """Count an error answer."""
         self._refused.labels(code).inc()
 
-    def transcribed(self, audio_s: float, result: EngineResult, stages_s: dict[str, float]) -> None:
-        """Count a transcription; `stages_s` has its seconds by stage."""
+    def transcribed(
+        self, audio_s: float, results: Sequence[EngineResult], stages_s: dict[str, float]
+    ) -> None:
+        """Count a transcription; `results` are of its pieces, `stages_s` its seconds by stage."""
         for stage, seconds in stages_s.items():
             self._stages.labels(stage).observe(seconds)
         self._clip_seconds.observe(audio_s)
-        self._transcripts.labels(result.finish_reason if result.text else "empty").inc()
-        self._tokens.inc(len(result.token_ids))
+        for result in results:
+            self._transcripts.labels(result.finish_reason if result.text else "empty").inc()
+            self._tokens.inc(len(result.token_ids))
+        if not results:
+            self._transcripts.labels("no_speech").inc()
+
+    def realtime_began(self) -> None:
+        """Count a live session in."""
+        self._realtime_sessions.inc()
+
+    def realtime_ended(self, reason: str) -> None:
+        """Count a live session out."""
+        self._realtime_sessions.dec()
+        self._realtime_ended.labels(reason).inc()
+
+    def turn_first_delta(self, seconds: float) -> None:
+        """Count the first text of a turn."""
+        self._first_delta_seconds.observe(seconds)
+
+    def turn_finalised(self, seconds: float, contradictions: int) -> None:
+        """Count a turn's whole transcript."""
+        self._finalisation_seconds.observe(seconds)
+        self._contradictions.inc(contradictions)
 
     def iterated(self, report: IterationReport) -> None:
         """Count an iteration; called from the device's thread."""

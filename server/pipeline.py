@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+from collections import Counter
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from server.audio.clip import SAMPLE_RATE_HZ
 from server.audio.limits import check_header
 from server.audio.probe import probe
 from server.engine.interface import EngineRequest
-from server.errors import DeadlineExceededError
-from server.transcription import Segment, StageTimings, Transcription
+from server.errors import InvalidRequestError
+from server.longform import Deadline, RecordingTranscriber
+from server.transcription import Segment, StageTimings, Transcription, Word
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from server.audio.clip import Clip
-    from server.engine.interface import EngineResult, Piece
+    from server.audio.probe import Probe
+    from server.longform import Recording, Transcribed
     from server.options import TranscribeOptions
     from server.runtime import Runtime
+    from server.transcription import Alignment
+
+# What a header that does not tell its length is taken to hold: speech is seldom coded in less.
+_BYTES_PER_AUDIO_S = 2_000
 
 
 async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
@@ -32,7 +39,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     options: TranscribeOptions,
     on_event: Callable[[str], None] | None = None,
 ) -> Transcription:
-    """Transcribe an uploaded file.
+    """Transcribe an uploaded file of any length that is allowed.
 
     Args:
         runtime: of the server.
@@ -46,74 +53,99 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         ServerError: which of its kinds says why.
     """
     uploaded_s = time.monotonic()
-    timeout_s = runtime.settings.request_timeout_s
-    deadline_s = uploaded_s + min(timeout_s, options.deadline_s or timeout_s)
-    limits = runtime.audio_limits
+    if options.hotwords:  # an LLM that was not trained with a list of words would read it out
+        raise InvalidRequestError("this checkpoint takes no hotwords", param="hotwords")
+    settings, engine, limits = runtime.settings, runtime.engine, runtime.audio_limits
     header = probe(data)
     check_header(header, limits)
-    # A header that does not tell its length may hold as much as is taken.
-    with runtime.engine.admit(header.duration_s or limits.max_audio_s) as ticket:
-        clip = await _decode(runtime, data, deadline_s)
-        ticket.measure(clip.duration_s)
-        decoded_s = time.monotonic()
-        request = EngineRequest(
-            id=request_id,
-            waveform=clip.waveform,
-            audio_s=clip.duration_s,
-            deadline_s=deadline_s,
-            prompt=options.prompt,
-            decoding=options.decoding,
-            on_piece=None if on_event is None else partial(_hand_on, on_event),
+    in_flight_s = settings.max_excerpts_in_flight * engine.max_audio_s
+    template = EngineRequest(
+        id=request_id,
+        waveform=np.zeros(0, np.float32),
+        audio_s=0.0,
+        prompt=options.prompt,
+        decoding=options.decoding,
+        with_words=options.timestamps == "word",
+    )
+    latest_s = None if options.deadline_s is None else uploaded_s + options.deadline_s
+    with engine.admit(min(_expected_s(header, data), in_flight_s)) as ticket:
+        transcriber = RecordingTranscriber(
+            engine,
+            template,
+            Deadline(uploaded_s + settings.request_timeout_s, latest_s),
+            in_flight=settings.max_excerpts_in_flight,
+            ticket=ticket,
+            long_recordings=runtime.long_recordings,
+            on_text=on_event,
         )
-        result = await runtime.engine.submit(request)
-    timings = StageTimings(
-        decode=decoded_s - uploaded_s,
-        queue=result.queue_s,
-        encode=result.encode_s,
-        generate=result.generate_s,
-        total=time.monotonic() - started_s,
-    )
-    stages_s = {
-        **asdict(timings),
-        "prefill": result.prefill_s,
-        "first_token": result.first_token_s,
-    }
-    runtime.metrics.transcribed(clip.duration_s, result, stages_s)
+        decoding = runtime.decode_pool.stream(
+            data,
+            limits,
+            max_clip_s=engine.max_audio_s,
+            max_excerpt_s=min(engine.max_audio_s, settings.max_excerpt_s),
+            finds_speech=options.vad,
+        )
+        recording = await transcriber.run(decoding)
+    transcription = _transcription(recording, options, started_s)
+    _count(runtime, recording, transcription)
+    return transcription
+
+
+def _expected_s(header: Probe, data: bytes) -> float:
+    return header.duration_s or len(data) / _BYTES_PER_AUDIO_S
+
+
+def _transcription(
+    recording: Recording, options: TranscribeOptions, started_s: float
+) -> Transcription:
+    results = [part.result for part in recording.parts]
+    languages = Counter(result.language for result in results if result.language is not None)
+    segments = tuple(_segment(part) for part in recording.parts if part.result.text)
+    # A text that does not fit into its audio, which is seldom right, keeps the segment's times.
+    is_aligned = any(segment.words is not None for segment in segments)
+    alignment: Alignment = "ctc" if is_aligned else "segment"
     return Transcription(
-        text=result.text,
-        language=options.language or result.language,
-        duration_s=clip.duration_s,
-        segments=_segments(result, clip.duration_s),
-        alignment="segment",
-        timings=timings,
+        text=" ".join(segment.text for segment in segments),
+        language=options.language or next((name for name, _ in languages.most_common(1)), None),
+        duration_s=recording.duration_s,
+        segments=segments,
+        alignment=alignment,
+        timings=StageTimings(
+            decode=recording.decode_s,
+            queue=sum(result.queue_s for result in results),
+            encode=sum(result.encode_s for result in results),
+            generate=sum(result.generate_s for result in results),
+            total=time.monotonic() - started_s,
+        ),
     )
 
 
-def _segments(result: EngineResult, duration_s: float) -> tuple[Segment, ...]:
-    """One for the whole clip, or none where nothing was said."""
-    if not result.text:
-        return ()
-    segment = Segment(
-        start_s=0.0,
-        end_s=duration_s,
+def _segment(part: Transcribed) -> Segment:
+    """Place an excerpt's answer in the recording."""
+    result = part.result
+    words = None
+    if result.words is not None:
+        begin_s = part.start / SAMPLE_RATE_HZ
+        words = tuple(
+            Word(word.text, begin_s + word.start_s, begin_s + word.end_s) for word in result.words
+        )
+    return Segment(
+        start_s=words[0].start_s if words else part.speech_start / SAMPLE_RATE_HZ,
+        end_s=words[-1].end_s if words else part.speech_end / SAMPLE_RATE_HZ,
         text=result.text,
-        words=None,
+        words=words,
         token_ids=result.token_ids,
         logprobs=result.logprobs,
         finish_reason=result.finish_reason,
         hypotheses=result.hypotheses,
     )
-    return (segment,)
 
 
-def _hand_on(on_event: Callable[[str], None], piece: Piece) -> None:
-    if piece.text:
-        on_event(piece.text)
-
-
-async def _decode(runtime: Runtime, data: bytes, deadline_s: float) -> Clip:
-    try:
-        async with asyncio.timeout(deadline_s - time.monotonic()):
-            return await runtime.decode_pool.decode(data, runtime.audio_limits)
-    except TimeoutError as error:
-        raise DeadlineExceededError("the upload still waited to be decoded") from error
+def _count(runtime: Runtime, recording: Recording, transcription: Transcription) -> None:
+    results = [part.result for part in recording.parts]
+    stages_s = {
+        **asdict(transcription.timings),
+        "prefill": sum(result.prefill_s for result in results),
+        "first_token": results[0].first_token_s if results else 0.0,
+    }
+    runtime.metrics.transcribed(recording.duration_s, results, stages_s)

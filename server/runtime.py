@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
-from server.errors import NotReadyError, ShuttingDownError
+from server.errors import ModelUnknownError, NotReadyError, ShuttingDownError
 from server.keys import KeyLimits, KeyRing
 from server.log import structured
+from server.longform import LongRecordings
+from server.realtime import OpenSessions
 from server.turnstile import Turnstile
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Runtime:
         )
         self.created_s = int(time.time())
         self.decode_pool = DecodePool(settings.decode_workers, settings.decode_timeout_s)
+        self.long_recordings = LongRecordings(settings.max_long_recordings)
+        self.open_sessions = OpenSessions(settings.realtime_max_sessions)
         self.failure: Exception | None = None
         self._on_failure = on_failure
         self._state: State = "loading"
@@ -90,11 +94,19 @@ class Runtime:
         if self.state == "draining":
             raise ShuttingDownError("the server is shutting down")
 
+    def require_model(self, name: str) -> None:
+        """Raise ModelUnknownError unless the loaded model goes by this name."""
+        names = [self.settings.served_name, *self.settings.aliases]
+        if name not in names:
+            raise ModelUnknownError(
+                f"no model {name!r} here; there is {', '.join(names)}", param="model"
+            )
+
     @property
     def audio_limits(self) -> AudioLimits:
-        """What an upload may hold: the settings' limits and the model's."""
+        """What an upload may hold; what is longer than the model takes is cut."""
         return AudioLimits(
-            max_audio_s=min(self.settings.max_audio_s, self.engine.max_audio_s),
+            max_audio_s=self.settings.max_audio_s,
             max_channels=self.settings.max_channels,
             min_rate_hz=self.settings.min_sample_rate_hz,
             max_rate_hz=self.settings.max_sample_rate_hz,
@@ -103,6 +115,12 @@ class Runtime:
     def start(self) -> None:
         """Begin to load; answers are given meanwhile, and readiness is off."""
         self._loading = asyncio.create_task(self._load())
+
+    async def loaded(self) -> Exception | None:
+        """Wait until loading has ended, and return why it has failed if it has."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading])
+        return self.failure
 
     async def _load(self) -> None:
         started_s = time.monotonic()
@@ -132,7 +150,14 @@ class Runtime:
         """Take no more requests; those in flight get `drain_timeout_s`."""
         if self._draining is None:
             self._state = "draining"
-            self._draining = asyncio.create_task(self.engine.drain(self.settings.drain_timeout_s))
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Let live sessions finish what they have heard, while the engine still takes it."""
+        began_s = time.monotonic()
+        await self.open_sessions.drain(self.settings.drain_timeout_s)
+        left_s = self.settings.drain_timeout_s - (time.monotonic() - began_s)
+        await self.engine.drain(max(0.0, left_s))
 
     async def stop(self) -> None:
         """Drain, then end the engine and the decoding processes."""

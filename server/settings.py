@@ -71,9 +71,28 @@ class Settings(BaseSettings):
         30.0, gt=0, description="Longest pause in an upload, seconds; it is then refused."
     )
     max_audio_s: float = Field(
-        30.0,
+        7200.0,
         gt=0,
-        description="Longest clip, seconds of decoded audio; the model's own limit holds besides.",
+        description="Longest recording, seconds of decoded audio; what the model cannot take in "
+        "one piece is cut.",
+    )
+    max_excerpt_s: float = Field(
+        15.0,
+        ge=1,
+        description="Longest piece of a recording that had to be cut, seconds; the model's own "
+        "limit holds besides. No longer than the clips that the model was trained on.",
+    )
+    max_long_recordings: int = Field(
+        4,
+        ge=1,
+        le=256,
+        description="Most recordings under way that had to be cut; more are refused with 429.",
+    )
+    max_excerpts_in_flight: int = Field(
+        8,
+        ge=1,
+        le=1024,
+        description="Most pieces of one recording that wait or run; fewer leave others more room.",
     )
     max_channels: int = Field(2, ge=1, le=64, description="Most channels; they are averaged.")
     min_sample_rate_hz: int = Field(4_000, ge=1, description="Lowest sample rate taken, Hz.")
@@ -82,7 +101,8 @@ class Settings(BaseSettings):
     decode_timeout_s: float = Field(
         20.0,
         gt=0,
-        description="Longest decoding of one upload, seconds; its process is then ended.",
+        description="Longest decoding of half a minute of an upload, seconds; its process is then "
+        "ended.",
     )
 
     max_batch_size: int = Field(
@@ -117,6 +137,11 @@ class Settings(BaseSettings):
         description="Decode a text that repeats itself again under a penalty, and cut it if that "
         "does not help.",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="Record decode steps as CUDA graphs, for LLMs built like Llama. Not yet tried "
+        "on a GPU.",
+    )
     silence_gate: bool = Field(
         True,
         description="Answer a clip that is nowhere louder than -60 dBFS with an empty text, "
@@ -134,10 +159,35 @@ class Settings(BaseSettings):
         "429.",
     )
     request_timeout_s: float = Field(
-        120.0, gt=0, description="From the upload's end until a request is given up, seconds."
+        120.0,
+        gt=0,
+        description="From the upload's end until a request is given up, seconds; each piece of a "
+        "recording that was cut has as much longer as it lies behind the beginning.",
     )
     drain_timeout_s: float = Field(
         30.0, ge=0, description="After SIGTERM, longest wait for requests in flight, seconds."
+    )
+
+    realtime_max_sessions: int = Field(
+        32, ge=0, description="Most live sessions at once; more are refused with 429."
+    )
+    realtime_max_session_s: float = Field(
+        3600.0, gt=0, description="Longest live session, seconds."
+    )
+    realtime_idle_timeout_s: float = Field(
+        60.0, gt=0, description="Longest pause in what a live session's client sends, seconds."
+    )
+    realtime_max_buffer_s: float = Field(
+        60.0,
+        ge=1,
+        description="Most audio that a live session holds untranscribed, seconds; what comes "
+        "beyond is refused.",
+    )
+    realtime_partial_interval_ms: int = Field(
+        600,
+        ge=0,
+        description="Audio between two transcripts of a turn that goes on, milliseconds; 0 for "
+        "none before its end.",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(

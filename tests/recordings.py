@@ -69,3 +69,39 @@ def with_wav_data_size(wav, size):
     """A WAV file whose data chunk announces `size` bytes."""
     at = wav.index(b"data") + 4
     return wav[:at] + struct.pack("<I", size) + wav[at + 4 :]
+
+
+# First three formants of five vowels, Hz (Peterson and Barney 1952).
+_VOWELS_HZ = np.array(
+    [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]
+)
+_FORMANT_WIDTHS_HZ = (60, 90, 120)
+_SYLLABLES_PER_S = 5
+
+
+def speechlike(seconds, seed=0):
+    """(N,) float32, 16 kHz: a voice that babbles vowels, which a speech detector takes for speech.
+
+    Harmonics of a wavering pitch through three formants that glide from vowel to vowel, louder
+    and softer with each syllable, over a little noise. After three seconds it repeats itself.
+    """
+    if seconds > 3:
+        return np.resize(speechlike(3, seed), round(seconds * 16_000))
+    rng = np.random.default_rng(seed)
+    times = np.arange(round(seconds * 16_000)) / 16_000
+    pitch_hz = 110 * (1 + 0.08 * np.sin(2 * np.pi * 0.6 * times + rng.uniform(0, 6)))
+    phase = 2 * np.pi * np.cumsum(pitch_hz) / 16_000
+    vowels = _VOWELS_HZ[rng.integers(0, 5, int(seconds * _SYLLABLES_PER_S) + 3)]
+    syllables = times * _SYLLABLES_PER_S
+    formants_hz = [np.interp(syllables, np.arange(len(vowels)), f) for f in vowels.T]
+    voice = np.zeros(len(times))
+    for harmonic in range(1, 34):
+        frequency_hz = harmonic * pitch_hz
+        gain = sum(
+            level / np.hypot(1 - (frequency_hz / f) ** 2, width * frequency_hz / f**2)
+            for f, width, level in zip(formants_hz, _FORMANT_WIDTHS_HZ, (1, 0.5, 0.25), strict=True)
+        )
+        voice += gain * np.sin(harmonic * phase) / harmonic**1.5
+    voice *= 0.6 - 0.4 * np.cos(2 * np.pi * syllables)
+    voice *= 0.3 / np.abs(voice).max(initial=1e-9)
+    return (voice + rng.normal(0, 0.003, len(times))).astype(np.float32)

@@ -17,7 +17,7 @@ from server.api.disconnect import run_while_connected
 from server.api.forms import OpenAIForm, fold_chunking, parse_form
 from server.api.schemas import ModelBody, ModelListBody, OpenAIBody, VerboseBody
 from server.api.upload import discard_body
-from server.errors import InvalidRequestError, ModelUnknownError, TaskUnsupportedError
+from server.errors import InvalidRequestError, TaskUnsupportedError
 
 if TYPE_CHECKING:
     from server.runtime import Runtime
@@ -55,7 +55,7 @@ async def create_transcription(request: Request, caller: CallerDependency) -> Re
     (recording,) = upload.recordings
     form = parse_form(OpenAIForm, fold_chunking(upload.fields))
     if form.model is not None:
-        _require_model(runtime, form.model)
+        runtime.require_model(form.model)
     options = form.options(runtime.engine.languages)
     if form.stream:
         return await events.stream_events(
@@ -106,7 +106,7 @@ async def retrieve_model(
     model: str, runtime: RuntimeDependency, _owner: OwnerDependency
 ) -> ModelBody:
     """Describe a model, by its name or one of its aliases."""
-    _require_model(runtime, model)
+    runtime.require_model(model)
     return _model(runtime)
 
 
@@ -118,11 +118,3 @@ def _model(runtime: Runtime) -> ModelBody:
         owned_by="speechllm",
         aliases=list(runtime.settings.aliases),
     )
-
-
-def _require_model(runtime: Runtime, name: str) -> None:
-    """Raise ModelUnknownError unless the loaded model goes by this name."""
-    settings = runtime.settings
-    if name not in {settings.served_name, *settings.aliases}:
-        known = ", ".join([settings.served_name, *settings.aliases])
-        raise ModelUnknownError(f"no model {name!r} here; there is {known}", param="model")

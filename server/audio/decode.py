@@ -4,7 +4,7 @@ libsndfile reads WAV, FLAC and MP3; FFmpeg (PyAV) reads OGG, which libsndfile re
 last page, and the rest. Neither is told what a file name says. FFmpeg's demuxer is pinned by the
 magic bytes, so that no playlist format can open other files, and only audio codecs are admitted.
 
-Memory is bounded by the decoded seconds allowed, whatever a header claims. Runs in the processes of
+Memory is bounded by a block of about a second, whatever a header claims. Runs in the processes of
 `server.audio.pool`: a fault in a decoder ends one of them, not the server.
 """
 
@@ -55,35 +55,67 @@ def decode(data: bytes, limits: AudioLimits) -> Clip:
     Raises:
         AudioError: which of its kinds says why.
     """
-    header = probe(data)
-    check_header(header, limits)
-    if header.container in _DEMUXERS:
-        blocks = _read_pyav(data, header)
-    else:
-        blocks = _read_soundfile(data, header, limits)
-    pieces: list[NDArray[np.float32]] = []
-    frames = rate_hz = channels = 0
-    resampler: soxr.ResampleStream | None = None
-    for block in blocks:
-        if not frames:
-            rate_hz, channels = block.rate_hz, block.samples.shape[1]
-            check_format(rate_hz, channels, limits)
-            resampler = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32")
-        if (block.rate_hz, block.samples.shape[1]) != (rate_hz, channels):
-            raise AudioUnsupportedError("the sample rate or channel count changes within the file")
-        frames += len(block.samples)
-        if frames > limits.max_audio_s * rate_hz:
-            raise too_long(header, limits)
-        if resampler is not None:
-            pieces.append(_resample(resampler, _downmix(block.samples), rate_hz))
-    if resampler is None or not frames:
-        raise AudioEmptyError("the file holds no audio samples")
-    if rate_hz != SAMPLE_RATE_HZ:
-        pieces.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
-    waveform = np.concatenate(pieces)
-    # The resampler's tail may overshoot by a sample; the duration is what the file holds.
-    waveform = waveform[: max(1, int(frames * SAMPLE_RATE_HZ / rate_hz))]
-    return Clip(waveform, rate_hz, channels)
+    decoder = StreamDecoder(data, limits)
+    waveform = np.concatenate(list(decoder.blocks()))
+    return Clip(waveform, decoder.sample_rate_hz, decoder.channels)
+
+
+class StreamDecoder:
+    """Decodes an upload block by block; what it holds does not grow with the audio's length.
+
+    Attributes:
+        sample_rate_hz: of the upload; known once the first block has come.
+        channels: of the upload; likewise.
+    """
+
+    def __init__(self, data: bytes, limits: AudioLimits) -> None:
+        """Read the header.
+
+        Raises:
+            AudioError: the header's own claims are refused.
+        """
+        self._header = probe(data)
+        check_header(self._header, limits)
+        self._data, self._limits = data, limits
+        self.sample_rate_hz = self.channels = 0
+
+    def blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Yield the waveform, mono at 16 kHz, in pieces (n,) of a few milliseconds to a second.
+
+        Raises:
+            AudioError: which of its kinds says why; as late as after the last block.
+        """
+        if self._header.container in _DEMUXERS:
+            decoded = _read_pyav(self._data, self._header)
+        else:
+            decoded = _read_soundfile(self._data, self._header, self._limits)
+        frames = given = 0
+        resampler: soxr.ResampleStream | None = None
+        for block in decoded:
+            if resampler is None:
+                self._take_format(block)
+                resampler = soxr.ResampleStream(block.rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32")
+            if (block.rate_hz, block.samples.shape[1]) != (self.sample_rate_hz, self.channels):
+                raise AudioUnsupportedError(
+                    "the sample rate or channel count changes within the file"
+                )
+            frames += len(block.samples)
+            if frames > self._limits.max_audio_s * self.sample_rate_hz:
+                raise too_long(self._header, self._limits)
+            piece = _resample(resampler, _downmix(block.samples), block.rate_hz)
+            given += len(piece)
+            if len(piece):
+                yield piece
+        if resampler is None or not frames:
+            raise AudioEmptyError("the file holds no audio samples")
+        # The resampler's tail may overshoot by a sample; the duration is what the file holds.
+        missing = max(1, int(frames * SAMPLE_RATE_HZ / self.sample_rate_hz)) - given
+        if missing > 0:
+            yield resampler.resample_chunk(np.empty(0, np.float32), last=True)[:missing]
+
+    def _take_format(self, block: _Block) -> None:
+        self.sample_rate_hz, self.channels = block.rate_hz, block.samples.shape[1]
+        check_format(self.sample_rate_hz, self.channels, self._limits)
 
 
 def _downmix(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -102,30 +134,41 @@ def _resample(
     return np.asarray(resampler.resample_chunk(mono), np.float32)
 
 
-def _read_soundfile(data: bytes, header: Probe, limits: AudioLimits) -> Iterator[_Block]:
-    """Yield everything in one block, one frame more than allowed at most.
+class _ForwardFile(soundfile.SoundFile):
+    """A file that soundfile does not seek in.
 
-    Not block by block: soundfile seeks after every read, and a seek within an MP3 loses the bits
-    that its next frames borrow from earlier ones.
+    It seeks after every read where it can, and a seek within an MP3 loses the bits that its next
+    frames borrow from earlier ones.
     """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _read_soundfile(data: bytes, header: Probe, limits: AudioLimits) -> Iterator[_Block]:
+    """Yield blocks of about a second; at most one sample more than allowed is decoded in vain."""
     is_open = False
+    frames = 0
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with _ForwardFile(io.BytesIO(data)) as file:
             is_open = True
             check_format(file.samplerate, file.channels, limits)
             most = int(limits.max_audio_s * file.samplerate) + 1
             announced = file.frames if file.format == "FLAC" and header.duration_s else 0
-            samples = file.read(most, dtype="float32", always_2d=True)
-            if len(samples):
-                yield _Block(samples, file.samplerate)
+            while frames < most:
+                size = min(file.samplerate, most - frames)
+                samples = file.read(size, dtype="float32", always_2d=True)
+                frames += len(samples)
+                if len(samples):
+                    yield _Block(samples, file.samplerate)
+                if len(samples) < size:
+                    break
     except soundfile.LibsndfileError as error:
         if is_open:
             raise AudioTruncatedError("the audio breaks off or is damaged") from error
         raise AudioUnreadableError(f"the audio cannot be decoded: {error.error_string}") from error
-    if len(samples) < min(announced, most):
-        raise AudioTruncatedError(
-            f"the audio breaks off after {len(samples)} of {announced} samples"
-        )
+    if frames < min(announced, most):
+        raise AudioTruncatedError(f"the audio breaks off after {frames} of {announced} samples")
 
 
 def _read_pyav(data: bytes, header: Probe) -> Iterator[_Block]:

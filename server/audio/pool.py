@@ -1,7 +1,9 @@
 """A pool of decoding processes, driven from the event loop without threads.
 
 Each process handles one upload at a time, so a crash or a hang concerns one request: its process is
-ended and replaced, the others go on. The processes import no torch.
+ended and replaced, the others go on. The process of a long recording waits for its reader again
+and again; before that keeps others waiting, another process takes its place. The processes import
+no torch.
 """
 
 from __future__ import annotations
@@ -12,28 +14,32 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from server import errors
 from server.audio import wire
-from server.audio.clip import SAMPLE_RATE_HZ, Clip
+from server.audio.clip import SAMPLE_RATE_HZ, Excerpt, Progress
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Coroutine
+
     from server.audio.limits import AudioLimits
 
 _log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
 _RESTART_PAUSE_S = 1.0
+_LEND_AFTER_S = 1.0  # that a process has waited for its reader; starting another takes as long
 _AUDIO_ERRORS: dict[str, type[errors.AudioError]] = {
     kind.__name__: kind for kind in errors.AudioError.__subclasses__()
 }
 
 
 class DecodePool:
-    """Decodes uploads in `size` processes."""
+    """Decodes uploads in `size` processes, and one more for each that waits for its reader."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         """Prepare `size` processes, each given `timeout_s` for an upload; `start` starts them."""
@@ -69,53 +75,119 @@ class DecodePool:
         """Of the processes that live."""
         return sorted(worker.process.pid for worker in self._workers)
 
-    async def decode(self, data: bytes, limits: AudioLimits) -> Clip:
-        """Decode an upload; waits for a free process.
+    async def stream(
+        self,
+        data: bytes,
+        limits: AudioLimits,
+        *,
+        max_clip_s: float,
+        max_excerpt_s: float,
+        finds_speech: bool = True,
+    ) -> AsyncGenerator[Excerpt | Progress, None]:
+        """Decode an upload, and cut it into excerpts; waits for a free process.
 
-        Cancelled while it waits, nothing happens; cancelled later, the process finishes unheard.
+        Nothing is decoded ahead of the reader but what fits into the pipe. Close the generator:
+        then the process of a short upload finishes unheard, and that of a long one is ended.
+
+        Args:
+            data: the file.
+            limits: of the whole recording.
+            max_clip_s: longest recording that stays in one piece.
+            max_excerpt_s: longest piece of one that does not; no longer than that.
+            finds_speech: leave out what is no speech.
+
+        Yields:
+            Excerpts in order, and how far the decoding has come; the last one is done.
 
         Raises:
             AudioError: the upload cannot be decoded within the limits.
             DecoderCrashedError: the process died of it.
             DecodeTimeoutError: it took too long.
         """
-        worker = await self._idle.get()
-        job = self._spawn(self._run(worker, data, limits))
-        return await asyncio.shield(job)
+        request = {
+            "limits": dataclasses.asdict(limits),
+            "whole_samples": int(max_clip_s * SAMPLE_RATE_HZ),
+            "max_samples": int(max_excerpt_s * SAMPLE_RATE_HZ),
+            "finds_speech": finds_speech,
+        }
+        job = _Job(request, data, await self._idle.get())
+        self._spawn(self._run(job))
+        try:
+            while True:
+                answer = await job.answers.get()
+                if isinstance(answer, errors.ServerError):
+                    raise answer
+                yield answer
+                if isinstance(answer, Progress) and answer.is_done:
+                    return
+        finally:
+            job.abandon()
 
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:  # noqa: ANN401 - any coroutine
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._forget)
-        return task
+        task.add_done_callback(self._tasks.discard)
 
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # taken, so that asyncio does not report a job whose client has left
-
-    async def _run(self, worker: _Worker, data: bytes, limits: AudioLimits) -> Clip:
+    async def _run(self, job: _Job) -> None:
+        """Hand on a process's answers to one upload, and return the process."""
+        is_usable = False
         try:
+            is_usable = await self._hand_on(job)
+        except TimeoutError:
+            reason = f"decoding took more than {self._timeout_s:g} s and was given up"
+            await job.put(errors.DecodeTimeoutError(reason))
+        except (asyncio.IncompleteReadError, OSError, ValueError, KeyError, TypeError):
+            await job.put(errors.DecoderCrashedError("the decoder crashed on this file"))
+        if job.is_lent:  # another has taken its place
+            await self._end(job.worker)
+        elif is_usable:
+            self._idle.put_nowait(job.worker)
+        else:
+            await self._replace(job.worker)
+
+    async def _hand_on(self, job: _Job) -> bool:
+        """Returns whether the process can take another upload."""
+        async with asyncio.timeout(self._timeout_s):
+            await job.worker.send(job.request, job.data)
+        job.data = b""
+        while True:
             async with asyncio.timeout(self._timeout_s):
-                header, payload = await worker.ask(data, limits)
-        except TimeoutError as error:
-            self._spawn(self._replace(worker))
-            raise errors.DecodeTimeoutError(
-                f"decoding took more than {self._timeout_s:g} s and was given up"
-            ) from error
-        except (asyncio.IncompleteReadError, OSError, ValueError) as error:
-            self._spawn(self._replace(worker))
-            raise errors.DecoderCrashedError("the decoder crashed on this file") from error
-        self._idle.put_nowait(worker)
-        if "error" in header:
-            raise _AUDIO_ERRORS[header["error"]](header["message"])
-        waveform = np.frombuffer(payload, np.float32).copy()  # writable, as torch wants it
-        return Clip(waveform, int(header["sample_rate_hz"]), int(header["channels"]))
+                answer = await job.worker.receive(job.request["whole_samples"])
+            is_done = isinstance(answer, errors.AudioError)
+            if isinstance(answer, Progress):
+                job.is_long, is_done = answer.is_long, answer.is_done
+            await self._put(job, answer)
+            if is_done:
+                return True
+            if job.is_abandoned and job.is_long:  # to its end it may take long
+                return False
+
+    async def _put(self, job: _Job, answer: Excerpt | Progress | errors.ServerError) -> None:
+        """Wait until there is room; a process that waits for long gets a substitute."""
+        began_s = time.monotonic()
+        patience_s = max(0.0, _LEND_AFTER_S - job.waited_s)
+        lending = asyncio.get_running_loop().call_later(patience_s, self._lend, job)
+        try:
+            await job.put(answer)
+        finally:
+            lending.cancel()
+            job.waited_s += time.monotonic() - began_s
+
+    def _lend(self, job: _Job) -> None:
+        if not job.is_lent:
+            job.is_lent = True
+            self._spawn(self._add_until_it_works())
 
     async def _replace(self, worker: _Worker) -> None:
         _log.warning("decoding process %d is replaced", worker.process.pid)
-        self._workers.discard(worker)
+        await self._end(worker)
+        await self._add_until_it_works()
+
+    async def _end(self, worker: _Worker) -> None:
         await worker.end()
+        self._workers.discard(worker)
+
+    async def _add_until_it_works(self) -> None:
         while True:
             try:
                 await self._add()
@@ -124,6 +196,32 @@ class DecodePool:
                 await asyncio.sleep(_RESTART_PAUSE_S)
             else:
                 return
+
+
+class _Job:
+    """One upload in its process, and what has come out and is not read yet.
+
+    Attributes:
+        waited_s: how long its process has waited for the reader.
+        is_lent: another process has taken its place.
+        is_long: it does not fit into one excerpt.
+        is_abandoned: nobody reads on.
+    """
+
+    def __init__(self, request: dict[str, Any], data: bytes, worker: _Worker) -> None:
+        self.request, self.data, self.worker = request, data, worker
+        self.answers: asyncio.Queue[Excerpt | Progress | errors.ServerError] = asyncio.Queue(1)
+        self.waited_s = 0.0
+        self.is_lent = self.is_long = self.is_abandoned = False
+
+    def abandon(self) -> None:
+        self.is_abandoned = True
+        if not self.answers.empty():
+            self.answers.get_nowait()  # lets a process that waits for room go on
+
+    async def put(self, answer: Excerpt | Progress | errors.ServerError) -> None:
+        if not self.is_abandoned:
+            await self.answers.put(answer)
 
 
 class _Worker:
@@ -159,12 +257,21 @@ class _Worker:
             raise
         return worker
 
-    async def ask(self, data: bytes, limits: AudioLimits) -> tuple[dict[str, Any], bytes]:
-        self._stdin.write(wire.pack(dataclasses.asdict(limits), len(data)))
+    async def send(self, request: dict[str, Any], data: bytes) -> None:
+        self._stdin.write(wire.pack(request, len(data)))
         self._stdin.write(data)
         await self._stdin.drain()
-        most = int(limits.max_audio_s * SAMPLE_RATE_HZ + 1) * np.dtype(np.float32).itemsize
-        return await wire.read_async(self._stdout, most)
+
+    async def receive(self, max_samples: int) -> Excerpt | Progress | errors.AudioError:
+        most = max_samples * np.dtype(np.float32).itemsize
+        header, payload = await wire.read_async(self._stdout, most)
+        if "error" in header:
+            return _AUDIO_ERRORS[header["error"]](header["message"])
+        if "decoded_s" in header:
+            return Progress(**header)
+        waveform = np.frombuffer(payload, np.float32).copy()  # writable, as torch wants it
+        speech_start, speech_end = header["speech"]
+        return Excerpt(waveform, int(header["start"]), int(speech_start), int(speech_end))
 
     async def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -1,6 +1,7 @@
 """One decoding process: `python -m server.audio.worker`, driven by `server.audio.pool`.
 
-Reads uploads from stdin and writes waveforms to stdout until stdin ends.
+Reads uploads from stdin, and for each writes excerpts and progress to stdout until it is done;
+while nobody reads, the pipe fills and it waits. Ends when stdin does.
 """
 
 from __future__ import annotations
@@ -8,14 +9,21 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from server import errors
 from server.audio import wire
-from server.audio.decode import decode
+from server.audio.clip import Excerpt, Progress
+from server.audio.decode import StreamDecoder
 from server.audio.limits import AudioLimits
+from server.audio.segmentation import excerpts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _MEMORY_BYTES = 2 << 30  # address space; the libraries alone take about a quarter
+_PROGRESS_S = 30.0  # of audio between two reports
 
 
 def main() -> None:
@@ -30,21 +38,42 @@ def main() -> None:
     answers.flush()
     os.dup2(silence, 2)
     while (message := wire.read_blocking(sys.stdin.buffer)) is not None:
-        header, payload = _answer(*message)
-        answers.write(wire.pack(header, len(payload)) + payload)
-        answers.flush()
+        for header, payload in _answers(*message):
+            answers.write(wire.pack(header, len(payload)) + payload)
+            answers.flush()
 
 
-def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+def _answers(request: dict[str, Any], data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
     try:
-        audio = decode(data, AudioLimits(**request))
+        decoder = StreamDecoder(data, AudioLimits(**request["limits"]))
+        found = excerpts(
+            decoder.blocks(),
+            whole_samples=request["whole_samples"],
+            max_samples=request["max_samples"],
+            finds_speech=request["finds_speech"],
+        )
+        for each in _thinned(found):
+            if isinstance(each, Progress):
+                yield asdict(each), b""
+            else:
+                header = {"start": each.start, "speech": [each.speech_start, each.speech_end]}
+                yield header, each.waveform.tobytes()
     except errors.AudioError as error:
-        return {"error": type(error).__name__, "message": error.message}, b""
+        yield {"error": type(error).__name__, "message": error.message}, b""
     except MemoryError:
         message = "decoding the audio takes more memory than allowed"
-        return {"error": errors.AudioUnreadableError.__name__, "message": message}, b""
-    header = {"sample_rate_hz": audio.sample_rate_hz, "channels": audio.channels}
-    return header, audio.waveform.tobytes()
+        yield {"error": errors.AudioUnreadableError.__name__, "message": message}, b""
+
+
+def _thinned(found: Iterator[Excerpt | Progress]) -> Iterator[Excerpt | Progress]:
+    """Leave out progress that comes sooner than it is worth a message."""
+    told_s = -_PROGRESS_S
+    for each in found:
+        if isinstance(each, Progress):
+            if not each.is_done and each.decoded_s < told_s + _PROGRESS_S:
+                continue
+            told_s = each.decoded_s
+        yield each
 
 
 if __name__ == "__main__":

@@ -95,13 +95,14 @@ class Ticket:
         """Made by `Admission.take`."""
         self._admission = admission
         self._audio_s = audio_s
+        self._clips = 1
 
-    def measure(self, audio_s: float) -> None:
-        """Correct the length that a header claimed, or that was assumed without one."""
+    def measure(self, audio_s: float, *, clips: int = 1) -> None:
+        """Correct what was assumed from a header: how much may wait or run, in how many clips."""
         self._admission.audio_s += audio_s - self._audio_s
-        self._audio_s = audio_s
+        self._admission.requests += clips - self._clips
+        self._audio_s, self._clips = audio_s, clips
 
     def give_back(self) -> None:
         """Count the request out."""
-        self._admission.requests -= 1
-        self.measure(0.0)
+        self.measure(0.0, clips=0)

@@ -1,20 +1,23 @@
 """Real decoding processes, with real faults."""
 
 import asyncio
+import contextlib
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from server.audio.clip import Excerpt, Progress
 from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
 from server.errors import AudioTooLongError, DecoderCrashedError, DecodeTimeoutError
-from tests.recordings import encode, tone
+from tests.recordings import encode, speechlike, tone
 
 pytestmark = pytest.mark.anyio
 
-LIMITS = AudioLimits(max_audio_s=30.0)
+LIMITS = AudioLimits(max_audio_s=120.0)
 
 
 @pytest.fixture
@@ -25,25 +28,53 @@ async def pool():
     await pool.stop()
 
 
+async def decode(pool, data, limits=LIMITS, max_excerpt_s=30.0, *, finds_speech=False):
+    """Everything that comes out: the excerpts, and the last progress."""
+    stream = pool.stream(
+        data, limits, max_clip_s=max_excerpt_s, max_excerpt_s=max_excerpt_s,
+        finds_speech=finds_speech,
+    )  # fmt: skip
+    found = [each async for each in stream]
+    return [each for each in found if isinstance(each, Excerpt)], found[-1]
+
+
 async def test_uploads_are_decoded_and_refused_in_other_processes(pool):
-    clip = await pool.decode(encode(tone(0.5), form="wav-float"), LIMITS)
-    np.testing.assert_array_equal(clip.waveform, tone(0.5))
-    assert clip.waveform.flags.writeable
+    (excerpt,), end = await decode(pool, encode(tone(0.5), form="wav-float"))
+    np.testing.assert_array_equal(excerpt.waveform, tone(0.5))
+    assert excerpt.waveform.flags.writeable
+    assert (excerpt.start, excerpt.speech_start, excerpt.speech_end) == (0, 0, 8000)
+    assert end == Progress(0.5, is_long=False, is_done=True)
     with pytest.raises(AudioTooLongError, match="at most 1 s"):
-        await pool.decode(encode(tone(2.0)), AudioLimits(max_audio_s=1.0))
+        await decode(pool, encode(tone(2.0)), AudioLimits(max_audio_s=1.0))
     assert os.getpid() not in pool.process_ids
+
+
+async def test_speech_is_found_in_other_processes(pool):
+    assert await decode(pool, encode(tone(0.5)), finds_speech=True) == (
+        [], Progress(0.5, is_long=False, is_done=True),
+    )  # fmt: skip
+    excerpts, _ = await decode(pool, encode(speechlike(2.0)), finds_speech=True)
+    assert len(excerpts) == 1
+
+
+async def test_a_long_recording_comes_in_pieces(pool):
+    waveform = speechlike(10.0)
+    excerpts, end = await decode(pool, encode(waveform, form="wav-float"), max_excerpt_s=4.0)
+    np.testing.assert_array_equal(np.concatenate([e.waveform for e in excerpts]), waveform)
+    assert end == Progress(10.0, is_long=True, is_done=True)
 
 
 async def test_a_crash_concerns_one_request_and_the_process_is_replaced(pool):
     (process_id,) = pool.process_ids
     os.kill(process_id, signal.SIGSTOP)
-    guilty = asyncio.create_task(pool.decode(encode(tone(0.5)), LIMITS))
+    guilty = asyncio.create_task(decode(pool, encode(tone(0.5))))
     await asyncio.sleep(0)
-    waiting = asyncio.create_task(pool.decode(encode(tone(0.25)), LIMITS))
+    waiting = asyncio.create_task(decode(pool, encode(tone(0.25))))
     os.kill(process_id, signal.SIGKILL)
     with pytest.raises(DecoderCrashedError):
         await guilty
-    assert (await waiting).duration_s == 0.25
+    _, end = await waiting
+    assert end.decoded_s == 0.25
     assert pool.process_ids != [process_id]
 
 
@@ -54,9 +85,10 @@ async def test_a_hanging_process_is_ended_and_replaced():
         (process_id,) = pool.process_ids
         os.kill(process_id, signal.SIGSTOP)
         with pytest.raises(DecodeTimeoutError, match=r"0\.2 s"):
-            await pool.decode(encode(tone(0.5)), LIMITS)
+            await decode(pool, encode(tone(0.5)))
         pool._timeout_s = 30.0
-        assert (await pool.decode(encode(tone(0.5)), LIMITS)).duration_s == 0.5
+        _, end = await decode(pool, encode(tone(0.5)))
+        assert end.decoded_s == 0.5
         assert pool.process_ids != [process_id]
     finally:
         await pool.stop()
@@ -64,15 +96,70 @@ async def test_a_hanging_process_is_ended_and_replaced():
 
 async def test_a_caller_that_leaves_costs_no_process(pool):
     before = pool.process_ids
-    long = encode(tone(25.0, 44_100), 44_100, "mp3")
-    leaving = asyncio.create_task(pool.decode(long, LIMITS))
+    leaving = asyncio.create_task(decode(pool, encode(tone(25.0, 44_100), 44_100, "mp3")))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
-    assert (await pool.decode(encode(tone(0.5)), LIMITS)).duration_s == 0.5
+    _, end = await decode(pool, encode(tone(0.5)))
+    assert end.decoded_s == 0.5
     assert pool.process_ids == before
+
+
+async def test_a_reader_who_leaves_a_long_recording_ends_its_process(pool):
+    (process_id,) = pool.process_ids
+    long = encode(tone(100.0), form="flac")
+    async with contextlib.aclosing(
+        pool.stream(long, LIMITS, max_clip_s=5.0, max_excerpt_s=5.0)
+    ) as stream:
+        assert (await anext(stream)).is_long
+    _, end = await decode(pool, encode(tone(0.5)))
+    assert end.decoded_s == 0.5
+    assert pool.process_ids != [process_id]
+
+
+async def test_a_slow_reader_holds_up_the_decoder_and_nobody_else(pool):
+    (process_id,) = pool.process_ids
+    long = encode(tone(100.0), form="flac")
+    stream = pool.stream(long, LIMITS, max_clip_s=5.0, max_excerpt_s=5.0, finds_speech=False)
+    async with contextlib.aclosing(stream):
+        assert (await anext(stream)).is_long
+        # Only another process can decode this one.
+        async with asyncio.timeout(60):
+            await decode(pool, encode(tone(0.5)))
+        assert process_id in pool.process_ids
+        assert len(pool.process_ids) == 2
+        read = [each async for each in stream]
+    lengths = [len(each.waveform) for each in read if isinstance(each, Excerpt)]
+    assert sum(lengths) == 1_600_000
+    while len(pool.process_ids) > 1:  # noqa: ASYNC110 - nothing tells of its end
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+async def test_an_hour_takes_no_more_memory_than_a_minute(pool):
+    (process_id,) = pool.process_ids
+    hour = encode(np.zeros(3600 * 16_000, np.int16), form="flac")
+    limits = AudioLimits(max_audio_s=3600.0)
+    await decode(pool, encode(tone(60.0)), max_excerpt_s=30.0)
+    before_kib = peak_kib(process_id)
+    stream = pool.stream(hour, limits, max_clip_s=30.0, max_excerpt_s=30.0, finds_speech=False)
+    samples = 0
+    async with contextlib.aclosing(stream):
+        async for each in stream:
+            samples += len(each.waveform) if isinstance(each, Excerpt) else 0
+            if process_id in pool.process_ids:
+                after_kib = peak_kib(process_id)
+    assert samples == 3600 * 16_000
+    assert after_kib - before_kib < 64 * 1024
+
+
+def peak_kib(process_id):
+    for line in Path(f"/proc/{process_id}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1])
+    raise AssertionError
 
 
 async def test_stopping_leaves_no_process_behind():
