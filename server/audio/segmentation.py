@@ -1,10 +1,10 @@
 """Cut a recording of any length into excerpts that the model can take, while it is decoded.
 
 What the model can take at once stays in one piece, exactly as it was recorded, unless nobody
-speaks in it: then nothing of it is transcribed. A longer recording is cut at its pauses; where somebody
-speaks on for too long, at the quietest point of the second half of the excerpt. Cuts lose nothing
-and double nothing: an excerpt begins at the sample at which the one before was cut. Only audio
-without speech is left out.
+speaks in it: then nothing of it is transcribed. A longer recording is cut at its pauses; where
+somebody speaks on for too long, at the quietest point of the second half of the excerpt. Cuts lose
+nothing and double nothing: an excerpt begins at the sample at which the one before was cut. Only
+audio without speech is left out.
 
 At most what stays in one piece, a second of audio and the padding around speech are held at a time.
 
