@@ -12,7 +12,7 @@ PORT ?= 8000
 MODEL ?= weights/default
 DEVICE ?= auto
 
-.PHONY: serve test check bench setup
+.PHONY: serve test check bench bench-gpu setup
 
 serve: $(STAMP)
 	exec $(BIN)/speechllm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)" --device "$(DEVICE)"
@@ -29,7 +29,12 @@ check: $(STAMP)
 	$(MAKE) --no-print-directory test
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.load
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.decode_step --output benchmarks/results/decode-step
+	$(BIN)/python -m benchmarks.suite --output benchmarks/results/suite
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 setup: $(STAMP)
 

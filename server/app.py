@@ -7,12 +7,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import health, transcribe
+from server.api import docs, health, openai, realtime, transcribe, web
 from server.api.errors import install_error_handlers
+from server.api.health import version
 from server.api.middleware import RequestMiddleware
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
+from server.engine.interface import Guards
 from server.engine.scheduler import ScheduleLimits
 from server.metrics import Metrics
 from server.runtime import Runtime
@@ -36,6 +39,10 @@ def create_app(
         settings: the server's options.
         engine: used in place of the one that the settings describe.
         on_failure: called when the model cannot be loaded or has died for good, to end the process.
+
+    Raises:
+        ValueError: an API key is malformed.
+        OSError: the file of API keys cannot be read.
     """
     metrics = Metrics()
     if engine is None:
@@ -53,13 +60,29 @@ def create_app(
     app = FastAPI(
         title="speechllm",
         description="Speech to text with a speech LLM.",
+        version=version(),
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their viewers from elsewhere
+        redoc_url=None,
     )
     app.state.runtime = runtime
     app.add_middleware(RequestMiddleware)
+    if settings.origins:
+        # Outermost, so that a page may read refusals, and preflights need no key.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # the OpenAI SDK sends a dozen of its own
+            expose_headers=["X-Request-ID", "Retry-After"],
+        )
     install_error_handlers(app)
     app.include_router(transcribe.router)
+    app.include_router(openai.router)
+    app.include_router(realtime.router)
     app.include_router(health.router)
+    app.include_router(web.router)
+    app.include_router(docs.router)
     return app
 
 
@@ -75,19 +98,21 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
         partial(_load_runner, settings),
         limits,
         Admission(max_requests=settings.max_queue_size, max_audio_s=settings.max_queue_audio_s),
-        guards_loops=settings.loop_guard,
+        guards=Guards(loops=settings.loop_guard, silence=settings.silence_gate),
         on_iteration=metrics.iterated,
     )
 
 
 def _load_runner(settings: Settings) -> Runner:
     # Importing torch takes seconds; in the device's thread it delays no health check.
-    from server.engine.runner import SpeechRunner  # noqa: PLC0415 - see above
+    from server.engine.runner import SpeechRunner, use_cpu_threads  # noqa: PLC0415 - see above
 
+    use_cpu_threads(settings.cpu_threads)
     return SpeechRunner.load(
         settings.model,
         settings.device,
         settings.dtype,
         max_slots=settings.max_batch_size,
         kv_cache_bytes=settings.kv_cache_mib << 20 or None,
+        cuda_graphs=settings.cuda_graphs,
     )

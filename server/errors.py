@@ -3,8 +3,14 @@
 ServerError
 ├── RequestError                    the client's doing
 │   ├── InvalidRequestError         the form is not what the endpoint takes
+│   ├── LanguageUnsupportedError    one that the checkpoint does not name
+│   ├── ModelUnknownError           no such model is served
+│   ├── TaskUnsupportedError        something that no speech model here can do
+│   ├── ApiKeyError                 no key, or a wrong one
+│   ├── OriginRefusedError          a page that may not call this server
 │   ├── UploadTooLargeError         more bytes than allowed
 │   ├── UploadStalledError          its bytes have stopped coming
+│   ├── BufferEmptyError            a live session has no audio to commit
 │   └── AudioError
 │       ├── AudioEmptyError         no bytes, or not one sample
 │       ├── AudioUnrecognisedError  no container that we know
@@ -15,6 +21,8 @@ ServerError
 │       └── AudioTooLongError       more seconds than allowed
 ├── CapacityError                   come back later
 │   ├── QueueFullError              too many requests wait already
+│   ├── RateLimitedError            the client's key has used up its share
+│   ├── BufferFullError             a live session's audio comes faster than it is worked on
 │   ├── NotReadyError               the model is still loading, or has failed to
 │   └── ShuttingDownError           the server is about to end
 ├── DeadlineExceededError           the answer would come too late
@@ -50,12 +58,36 @@ class InvalidRequestError(RequestError):
     """The form is not what the endpoint takes."""
 
 
+class LanguageUnsupportedError(RequestError):
+    """The checkpoint names its languages, and this is none of them."""
+
+
+class ModelUnknownError(RequestError):
+    """No model of that name is served."""
+
+
+class TaskUnsupportedError(RequestError):
+    """The endpoint exists for its answer only: no checkpoint here can do this."""
+
+
+class ApiKeyError(RequestError):
+    """The request has no key, or a wrong one."""
+
+
+class OriginRefusedError(RequestError):
+    """A browser's page that may not call this server."""
+
+
 class UploadTooLargeError(RequestError):
     """The upload has more bytes than allowed."""
 
 
 class UploadStalledError(RequestError):
     """The upload's bytes have stopped coming."""
+
+
+class BufferEmptyError(RequestError):
+    """A live session has no audio, or next to none, to commit."""
 
 
 class AudioError(RequestError):
@@ -109,6 +141,14 @@ class CapacityError(ServerError):
 
 class QueueFullError(CapacityError):
     """Too many requests wait already."""
+
+
+class RateLimitedError(CapacityError):
+    """The client's key has used up its share."""
+
+
+class BufferFullError(CapacityError):
+    """A live session's audio comes faster than it is worked on."""
 
 
 class NotReadyError(CapacityError):

@@ -104,7 +104,7 @@ class Metrics:
         )
         self._step_sizes = Histogram(
             "speechllm_decode_batch_size",
-            "Clips in a decode step.",
+            "Sequences in a decode step; every beam is one.",
             buckets=_BATCH_SIZES,
             registry=registry,
         )
@@ -133,6 +133,33 @@ class Metrics:
             registry=registry,
         )
 
+        self._realtime_sessions = Gauge(
+            "speechllm_realtime_sessions", "Live sessions that are open.", registry=registry
+        )
+        self._realtime_ended = Counter(
+            "speechllm_realtime_sessions_ended",
+            "Live sessions by how they ended: client, idle, expired, slow_reader, shutdown, error.",
+            ["reason"],
+            registry=registry,
+        )
+        self._first_delta_seconds = Histogram(
+            "speechllm_realtime_first_delta_seconds",
+            "From the moment speech was noticed to the first text of its turn.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._finalisation_seconds = Histogram(
+            "speechllm_realtime_finalisation_seconds",
+            "From the end of a turn to its whole transcript.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._contradictions = Counter(
+            "speechllm_realtime_contradictions",
+            "Pieces of turns whose last transcript did not begin with the text sent before.",
+            registry=registry,
+        )
+
     def watch(self, stats: Callable[[], EngineStats], is_ready: Callable[[], bool]) -> None:
         """Read these gauges from the engine whenever they are scraped."""
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
@@ -154,7 +181,7 @@ class Metrics:
                 lambda: stats().running,
             ),
             "speechllm_kv_slots": (
-                "Requests that can run together.",
+                "Requests that can run together; a beam search takes one slot for every beam.",
                 lambda: stats().slots,
             ),
             "speechllm_kv_cache_bytes": (
@@ -168,6 +195,15 @@ class Metrics:
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, registry=self.registry).set_function(value)
+
+    def watch_held(self, held: Callable[[], int]) -> None:
+        """Read how many requests wait for their key's turn whenever it is scraped."""
+        gauge = Gauge(
+            "speechllm_requests_held",
+            "Requests that wait for their key's turn before they are admitted.",
+            registry=self.registry,
+        )
+        gauge.set_function(held)
 
     def request_started(self) -> None:
         """Count a request in."""
@@ -195,6 +231,24 @@ class Metrics:
             self._tokens.inc(len(result.token_ids))
         if not results:
             self._transcripts.labels("no_speech").inc()
+
+    def realtime_began(self) -> None:
+        """Count a live session in."""
+        self._realtime_sessions.inc()
+
+    def realtime_ended(self, reason: str) -> None:
+        """Count a live session out."""
+        self._realtime_sessions.dec()
+        self._realtime_ended.labels(reason).inc()
+
+    def turn_first_delta(self, seconds: float) -> None:
+        """Count the first text of a turn."""
+        self._first_delta_seconds.observe(seconds)
+
+    def turn_finalised(self, seconds: float, contradictions: int) -> None:
+        """Count a turn's whole transcript."""
+        self._finalisation_seconds.observe(seconds)
+        self._contradictions.inc(contradictions)
 
     def iterated(self, report: IterationReport) -> None:
         """Count an iteration; called from the device's thread."""

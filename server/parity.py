@@ -1,8 +1,8 @@
 """Whether the engine says what transformers' `generate` says, clip by clip.
 
 Each clip is transcribed four ways by one loaded model: by `generate` alone (the yardstick) and in
-batches, by the engine alone and with others that come and go. The guard against loops is off: it
-departs from `generate` on purpose.
+batches, by the engine alone and with others that come and go. The guard against loops and the gate
+for silence are off: they depart from `generate` on purpose.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from model.evaluation.scoring import ErrorCounts, count_word_errors, score_text, sum_counts
 from server.engine.core import EngineCore
-from server.engine.interface import EngineRequest, EngineResult
+from server.engine.interface import NO_GUARDS, EngineRequest, EngineResult
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 
@@ -131,7 +131,9 @@ def _generate(
 def _serve(transcriber: Transcriber, clips: Sequence[ParityClip], slots: int) -> list[Answer]:
     """Answers of an engine where a clip arrives at every iteration."""
     core = EngineCore(
-        SpeechRunner(transcriber, max_slots=slots), ScheduleLimits(slots), guards_loops=False
+        SpeechRunner(transcriber, max_slots=slots),
+        ScheduleLimits(slots),
+        guards=NO_GUARDS,
     )
     answers: dict[int, Answer] = {}
     arriving = list(enumerate(clips))

@@ -137,6 +137,7 @@ def _segment(part: Transcribed) -> Segment:
         token_ids=result.token_ids,
         logprobs=result.logprobs,
         finish_reason=result.finish_reason,
+        hypotheses=result.hypotheses,
     )
 
 

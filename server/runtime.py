@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
-from server.errors import NotReadyError, ShuttingDownError
+from server.errors import ModelUnknownError, NotReadyError, ShuttingDownError
+from server.keys import KeyLimits, KeyRing
 from server.log import structured
 from server.longform import LongRecordings
+from server.realtime import OpenSessions
+from server.turnstile import Turnstile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,12 +46,29 @@ class Runtime:
             engine: not started yet.
             metrics: shared with the engine.
             on_failure: called when loading has failed or the engine has died, to end the process.
+
+        Raises:
+            ValueError: an API key is malformed.
+            OSError: the file of API keys cannot be read.
         """
         self.settings = settings
         self.engine = engine
         self.metrics = metrics
+        self.keys = KeyRing.from_settings(
+            settings.api_keys.get_secret_value(), settings.api_keys_file
+        )
+        self.key_limits = KeyLimits(
+            max_concurrency=settings.key_max_concurrency,
+            audio_s_per_minute=settings.key_audio_s_per_minute,
+        )
+        # The engine can always fill its next batch from these, and decode beside it.
+        self.turnstile = Turnstile(
+            places=2 * settings.max_batch_size, max_waiting=settings.max_queue_size
+        )
+        self.created_s = int(time.time())
         self.decode_pool = DecodePool(settings.decode_workers, settings.decode_timeout_s)
         self.long_recordings = LongRecordings(settings.max_long_recordings)
+        self.open_sessions = OpenSessions(settings.realtime_max_sessions)
         self.failure: Exception | None = None
         self._on_failure = on_failure
         self._state: State = "loading"
@@ -56,6 +76,7 @@ class Runtime:
         self._draining: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         metrics.watch(engine.stats, lambda: self.state == "ready")
+        metrics.watch_held(lambda: self.turnstile.waiting)
 
     @property
     def state(self) -> State:
@@ -73,6 +94,14 @@ class Runtime:
         if self.state == "draining":
             raise ShuttingDownError("the server is shutting down")
 
+    def require_model(self, name: str) -> None:
+        """Raise ModelUnknownError unless the loaded model goes by this name."""
+        names = [self.settings.served_name, *self.settings.aliases]
+        if name not in names:
+            raise ModelUnknownError(
+                f"no model {name!r} here; there is {', '.join(names)}", param="model"
+            )
+
     @property
     def audio_limits(self) -> AudioLimits:
         """What an upload may hold; what is longer than the model takes is cut."""
@@ -86,6 +115,12 @@ class Runtime:
     def start(self) -> None:
         """Begin to load; answers are given meanwhile, and readiness is off."""
         self._loading = asyncio.create_task(self._load())
+
+    async def loaded(self) -> Exception | None:
+        """Wait until loading has ended, and return why it has failed if it has."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading])
+        return self.failure
 
     async def _load(self) -> None:
         started_s = time.monotonic()
@@ -115,7 +150,14 @@ class Runtime:
         """Take no more requests; those in flight get `drain_timeout_s`."""
         if self._draining is None:
             self._state = "draining"
-            self._draining = asyncio.create_task(self.engine.drain(self.settings.drain_timeout_s))
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Let live sessions finish what they have heard, while the engine still takes it."""
+        began_s = time.monotonic()
+        await self.open_sessions.drain(self.settings.drain_timeout_s)
+        left_s = self.settings.drain_timeout_s - (time.monotonic() - began_s)
+        await self.engine.drain(max(0.0, left_s))
 
     async def stop(self) -> None:
         """Drain, then end the engine and the decoding processes."""

@@ -5,12 +5,16 @@ The command line makes its flags and their help from the fields here.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "SPEECHLLM_"
+
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
 
 class Settings(BaseSettings):
@@ -19,12 +23,48 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
 
     model: str = Field("weights/default", description="Checkpoint folder or hub id.")
+    model_name: str = Field(
+        "", description="Name in the API; empty takes the folder's, or the hub id."
+    )
+    model_aliases: str = Field(
+        "whisper-1",
+        description="Other names that requests may ask for the model by, separated by commas.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="Of the weights; auto is bf16 on CUDA, fp32 on a CPU."
     )
+    cpu_threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Threads that compute on the CPU; 0 takes all cores.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Keys that requests need one of, separated by commas, each key or name:key; "
+        "none, and no file of keys, lets everybody in. Processes can be listed with their flags: "
+        "prefer the variable or the file.",
+    )
+    api_keys_file: str = Field(
+        "", description="File of further keys, one a line; lines that begin with # are skipped."
+    )
+    key_max_concurrency: int = Field(
+        0, ge=0, description="Most transcriptions that one key may have running; 0 for any number."
+    )
+    key_audio_s_per_minute: float = Field(
+        0.0,
+        ge=0,
+        description="Most seconds of audio that one key may send in a minute; 0 for any number.",
+    )
+    cors_origins: str = Field(
+        "",
+        description="Origins whose pages may call the server, separated by commas, or *; empty for "
+        "none but its own.",
+    )
 
     max_upload_bytes: int = Field(25 * 2**20, ge=1, description="Largest request body, bytes.")
     upload_idle_timeout_s: float = Field(
@@ -66,7 +106,10 @@ class Settings(BaseSettings):
     )
 
     max_batch_size: int = Field(
-        32, ge=1, le=1024, description="Most clips that are decoded together."
+        32,
+        ge=1,
+        le=1024,
+        description="Most clips that are decoded together; every beam of a search counts as one.",
     )
     max_wait_ms: float = Field(
         0.0,
@@ -94,6 +137,16 @@ class Settings(BaseSettings):
         description="Decode a text that repeats itself again under a penalty, and cut it if that "
         "does not help.",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="Record decode steps as CUDA graphs, for LLMs built like Llama. Not yet tried "
+        "on a GPU.",
+    )
+    silence_gate: bool = Field(
+        True,
+        description="Answer a clip that is nowhere louder than -60 dBFS with an empty text, "
+        "without the model.",
+    )
     max_queue_size: int = Field(
         128,
         ge=1,
@@ -115,6 +168,28 @@ class Settings(BaseSettings):
         30.0, ge=0, description="After SIGTERM, longest wait for requests in flight, seconds."
     )
 
+    realtime_max_sessions: int = Field(
+        32, ge=0, description="Most live sessions at once; more are refused with 429."
+    )
+    realtime_max_session_s: float = Field(
+        3600.0, gt=0, description="Longest live session, seconds."
+    )
+    realtime_idle_timeout_s: float = Field(
+        60.0, gt=0, description="Longest pause in what a live session's client sends, seconds."
+    )
+    realtime_max_buffer_s: float = Field(
+        60.0,
+        ge=1,
+        description="Most audio that a live session holds untranscribed, seconds; what comes "
+        "beyond is refused.",
+    )
+    realtime_partial_interval_ms: int = Field(
+        600,
+        ge=0,
+        description="Audio between two transcripts of a turn that goes on, milliseconds; 0 for "
+        "none before its end.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line that is written."
     )
@@ -126,14 +201,44 @@ class Settings(BaseSettings):
             raise ValueError(f"sizes are at least 1, got {value!r}")
         return value
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: str) -> str:
+        for origin in _parts(value):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"an origin is scheme://host or scheme://host:port, not {origin!r}"
+                )
+        return value
+
+    @property
+    def served_name(self) -> str:
+        """The model's name in the API."""
+        is_folder = Path(self.model).is_dir()
+        return self.model_name or (Path(self.model).resolve().name if is_folder else self.model)
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Its other names."""
+        return _parts(self.model_aliases)
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Whose pages may call the server."""
+        return _parts(self.cors_origins)
+
     @property
     def preferred_sizes(self) -> tuple[int, ...]:
         """The preferred batch sizes as numbers."""
         return _sizes(self.preferred_batch_sizes)
 
 
+def _parts(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
 def _sizes(value: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
+        return tuple(int(part) for part in _parts(value))
     except ValueError as error:
         raise ValueError(f"not whole numbers separated by commas: {value!r}") from error

@@ -46,6 +46,13 @@ class FaultyRunner:
         self._fail_on(self._rows[rows], STEP_POISON)
         return self._runner.step(rows)
 
+    def branch(self, rows, parents, token_ids):
+        self._runner.branch(rows, parents, token_ids)
+        marks = [self._rows[parent] for parent in parents]
+        self._rows += marks[: max(0, max(rows) + 1 - len(self._rows))]
+        for row, mark in zip(rows, marks, strict=True):
+            self._rows[row] = mark
+
     def release(self, row, *, failed=False):
         self._runner.release(row, failed=failed)
         last = self._rows.pop()

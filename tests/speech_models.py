@@ -66,9 +66,20 @@ def noise(seconds, seed=0):
     return samples.astype(np.float32)
 
 
-@torch.inference_mode()
-def generate_alone(transcriber, waveform, *, prompt=None, max_tokens=None, penalty=1.0):
+def generate_alone(transcriber, waveform, **request):
     """Greedy token ids of transformers' `generate` for one clip in a batch of its own."""
+    return _generate(transcriber, waveform, {}, **request)[0][0]
+
+
+def search_alone(transcriber, waveform, num_beams, **request):
+    """Token ids and score of each answer of `generate`'s beam search, the best first."""
+    options = {"num_beams": num_beams, "num_return_sequences": num_beams}
+    options |= {"length_penalty": 1.0, "early_stopping": False}
+    return _generate(transcriber, waveform, options, **request)
+
+
+@torch.inference_mode()
+def _generate(transcriber, waveform, options, *, prompt=None, max_tokens=None, penalty=1.0):  # noqa: PLR0913
     processor, model = transcriber.processor, transcriber.model
     budget = token_budget(transcriber.config, waveform.size / SAMPLE_RATE_HZ)
     inputs = processor(waveform, prompt=prompt)
@@ -81,7 +92,12 @@ def generate_alone(transcriber, waveform, *, prompt=None, max_tokens=None, penal
         max_new_tokens=min(budget, max_tokens or budget),
         do_sample=False,
         logits_processor=processors,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
     )
-    ids = output[0, length:].tolist()
+    scores = output.sequences_scores.tolist() if "sequences_scores" in output else [0.0]
     eos = processor.tokenizer.eos_token_id
-    return ids[: ids.index(eos)] if eos in ids else ids
+    rows = [row[length:] for row in output.sequences.tolist()]
+    ids = [row[: row.index(eos)] if eos in row else row for row in rows]
+    return list(zip(ids, scores, strict=True))

@@ -49,5 +49,5 @@ class ConvolutionModule(nn.Module):
         # Zeroes past a clip's end are what the convolution's own padding gives a clip alone.
         hidden = hidden * length_mask(frame_lens, frames.shape[1])[..., None]
         hidden = self.depthwise(hidden.transpose(1, 2)).transpose(1, 2)
-        mapped: Tensor = frames + self.out(functional.silu(self.norm_mid(hidden)))
-        return mapped
+        change: Tensor = self.out(functional.silu(self.norm_mid(hidden)))
+        return frames + change

@@ -76,7 +76,7 @@ speechllm train connector --cache "$work/cache" --cache "$work/cache_human" \
     --llm "$work/lm" --ctc fused --audio-positions ctc --prompt "" --language en --language mn \
     --stack-size 4 --connector-hidden-size 512 --connector-convolutions 2 --train-llm \
     --llm-lr-scale 1.0 --teacher "$work/whisper2" --teacher-weight 0.5 --ctc-weight 0.3 \
-    --epochs 5 --learning-rate 8e-4 --warmup-steps 100 --max-batch-audio-s 60 \
+    --epochs 3 --learning-rate 8e-4 --warmup-steps 100 --max-batch-audio-s 60 \
     --concatenation 0.25 --compile-layers --stored-dtype fp16 \
     --output "$work/connector"
 

@@ -1,4 +1,4 @@
-"""`GET /health/live`, `/health/ready`, `/metrics` and `/`."""
+"""`GET /health/live`, `/health/ready` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.dependencies import RuntimeDependency  # noqa: TC001 - FastAPI reads it
-from server.api.schemas import HealthBody, IndexBody
+from server.api.schemas import HealthBody
 
 router = APIRouter(tags=["health"])
 
@@ -44,23 +44,8 @@ async def metrics(runtime: RuntimeDependency) -> Response:
     return Response(runtime.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/")
-async def index(runtime: RuntimeDependency) -> IndexBody:
-    """Say what is where."""
-    return IndexBody(
-        name="speechllm",
-        version=_version(),
-        model=runtime.settings.model,
-        endpoints={
-            "POST /transcribe": "a recording in the multipart field 'file' -> its text",
-            "GET /docs": "this API, to try out",
-            "GET /health/ready": "200 while requests are taken",
-            "GET /metrics": "for Prometheus",
-        },
-    )
-
-
-def _version() -> str:
+def version() -> str:
+    """Return the package's version."""
     try:
         return metadata.version("speechllm")
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed

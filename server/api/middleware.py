@@ -1,4 +1,4 @@
-"""Around every request: its id, its log line, its metrics, and a body for unexpected errors."""
+"""Around every request: its id, its log line, its metrics, safe headers, a body for any error."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ _log = logging.getLogger("speechllm.access")
 
 # What a client may name a request; anything else could forge log lines.
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
+# Pages that need more than nothing bring a policy of their own.
+_SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 _CLIENT_LEFT = 499  # as nginx logs a client that did not wait
 
 
@@ -46,7 +53,10 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         metrics.request_started()

@@ -2,102 +2,146 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 
-from server.api.dependencies import RuntimeDependency  # noqa: TC001 - FastAPI reads it
+from server.api import answers, events
+from server.api.caller import Caller, CallerDependency  # noqa: TC001 - FastAPI reads it
+from server.api.descriptions import TRANSCRIPTION_ERRORS, form_body, formats_answer
 from server.api.disconnect import run_while_connected
-from server.api.schemas import ErrorBody, Timings, TranscriptionBody
-from server.api.upload import MAX_PROMPT_CHARACTERS, discard_body, receive_upload
-from server.errors import ServerError
-from server.options import TranscribeOptions
-from server.pipeline import transcribe_upload
+from server.api.errors import server_error_body
+from server.api.forms import TranscribeForm, parse_form
+from server.api.schemas import ResultsBody, TranscriptionBody, VerboseBody
+from server.errors import InvalidRequestError, ServerError
 
 if TYPE_CHECKING:
+    from server.api.upload import Upload
+    from server.options import TranscribeOptions
     from server.runtime import Runtime
+    from server.transcription import Transcription
 
 router = APIRouter(tags=["transcription"])
 
-_FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "file": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "The recording: WAV, FLAC, OGG (Vorbis or Opus), MP3, "
-                            "M4A, AAC or WebM; told by its content, whatever its name.",
-                        },
-                        "prompt": {
-                            "type": "string",
-                            "maxLength": MAX_PROMPT_CHARACTERS,
-                            "description": "What to ask the model, in place of the prompt that "
-                            "it was trained with.",
-                        },
-                    },
-                }
-            }
-        },
+_PARALLEL_RECORDINGS = 4  # of one request; the rest waits, so that it does not fill the queue
+
+_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": TranscriptionBody | VerboseBody | ResultsBody,
+        **formats_answer(
+            "text", "srt", "vtt", "tsv",
+            description="The transcript, in the response_format; several files: `results`, each a "
+            "transcript or an error; with stream: server-sent events.",
+        ),
     }
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": description}
-    for status, description in {
-        400: "No usable form or audio: empty, truncated, unreadable, NaN.",
-        413: "Too many bytes or too many seconds.",
-        415: "Not audio, or a codec, sample rate or channel count that is not taken.",
-        429: "Too much waits already; come back after Retry-After seconds.",
-        500: "The server failed on this request.",
-        503: "Not ready yet, or shutting down.",
-        504: "The request waited too long.",
-    }.items()
-}
+}  # fmt: skip
 
 
-@router.post("/transcribe", openapi_extra=_FORM, responses=_ERRORS)
-async def transcribe(request: Request, runtime: RuntimeDependency) -> TranscriptionBody:
-    """Turn a recording into text.
+@router.post(
+    "/transcribe",
+    openapi_extra=form_body(TranscribeForm, files=True, raw=True),
+    response_class=JSONResponse,
+    response_model=None,
+    responses=_ANSWER | TRANSCRIPTION_ERRORS,
+)
+async def transcribe(request: Request, caller: CallerDependency) -> Response:
+    """Turn recordings into text.
 
     Try it: `curl -F file=@recording.wav http://127.0.0.1:8000/transcribe`
+
+    The recording may be the body itself, with the fields in the query:
+    `curl -H 'Content-Type: audio/wav' --data-binary @recording.wav
+    'http://127.0.0.1:8000/transcribe?response_format=srt'`. Raw samples, signed 16 bit
+    little-endian, come as `audio/pcm;rate=16000;channels=1`.
     """
-    await _refuse_early(request, runtime)
-    upload = await receive_upload(
-        request, runtime.settings.max_upload_bytes, runtime.settings.upload_idle_timeout_s
-    )
-    work = transcribe_upload(
+    upload = await caller.receive(takes_raw=True)
+    form = parse_form(TranscribeForm, _merge(request, upload))
+    options = form.options(caller.runtime.engine.languages)
+    if len(upload.recordings) > 1:
+        _check_many(form)
+        work = _transcribe_many(caller, upload.recordings, form, options)
+        return JSONResponse({"results": await run_while_connected(request, work)})
+    (recording,) = upload.recordings
+    if form.stream:
+        return await events.stream_events(
+            request,
+            partial(caller.transcribe, recording, options),
+            done=partial(_last_event, caller.runtime, form),
+        )
+    transcription = await run_while_connected(request, caller.transcribe(recording, options))
+    if form.response_format in answers.FILE_FORMATS:
+        return answers.file_response(transcription, form.response_format)
+    return JSONResponse(json_body(caller.runtime, form, transcription))
+
+
+def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
+    """The form's fields and the query's; of those in both, as viewers send them, the form's."""
+    in_form = {name for name, _ in upload.fields}
+    query = request.query_params.multi_items()
+    return [*upload.fields, *(field for field in query if field[0] not in in_form)]
+
+
+def json_body(
+    runtime: Runtime, form: TranscribeForm, transcription: Transcription
+) -> dict[str, Any]:
+    """Return the answer in the form's format, `json` or `verbose_json`."""
+    if form.response_format == "verbose_json":
+        return answers.own_verbose_json(
+            transcription, temperature=form.temperature, words=form.timestamps == "word"
+        )
+    return answers.own_json(
         runtime,
-        upload.data,
-        request_id=request.state.request_id,
-        started_s=request.state.started_s,
-        options=TranscribeOptions(prompt=upload.prompt),
+        transcription,
+        timestamps=form.timestamps or "none",
+        hypotheses=form.n_best > 1,
+        logprobs=form.logprobs,
     )
-    transcription = await run_while_connected(request, work)
-    request.state.log_fields = {
-        "audio_s": round(transcription.duration_s, 3),
-        **{f"{k}_s": round(v, 4) for k, v in asdict(transcription.timings).items()},
+
+
+def _last_event(
+    runtime: Runtime, form: TranscribeForm, transcription: Transcription
+) -> dict[str, Any]:
+    """OpenAI's fields, and whatever the plain answer has besides."""
+    return {
+        **answers.openai_json(runtime, transcription, logprobs=False),
+        **json_body(runtime, form, transcription),
     }
-    return TranscriptionBody(
-        text=transcription.text,
-        language=transcription.language,
-        duration=transcription.duration_s,
-        timings=Timings(**{k: round(v, 6) for k, v in asdict(transcription.timings).items()}),
-    )
 
 
-async def _refuse_early(request: Request, runtime: Runtime) -> None:
-    """Refuse before the upload is taken in, if nothing could be done with it."""
-    try:
-        runtime.require_ready()
-        with runtime.engine.admit(0.0):
-            pass  # there is room now; it is held only once the upload is here
-    except ServerError:
-        await discard_body(request, runtime.settings.max_upload_bytes)
-        raise
+def _check_many(form: TranscribeForm) -> None:
+    """Refuse what cannot hold several answers.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    if form.stream:
+        raise InvalidRequestError("stream takes one file", param="stream")
+    if form.response_format not in {"json", "verbose_json"}:
+        raise InvalidRequestError(
+            "several files are answered in json or verbose_json", param="response_format"
+        )
+
+
+async def _transcribe_many(
+    caller: Caller,
+    recordings: tuple[bytes, ...],
+    form: TranscribeForm,
+    options: TranscribeOptions,
+) -> list[dict[str, Any]]:
+    """Answer each recording, in order, with its transcript or its error."""
+    places = asyncio.Semaphore(_PARALLEL_RECORDINGS)
+
+    async def answer(recording: bytes) -> dict[str, Any]:
+        async with places:
+            try:
+                transcription = await caller.transcribe(recording, options)
+            except ServerError as error:
+                return server_error_body(caller.request, error)
+        return json_body(caller.runtime, form, transcription)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(answer(recording)) for recording in recordings]
+    return [task.result() for task in tasks]

@@ -1,9 +1,10 @@
-"""Receive a multipart form with one file, within limits that hold while it comes in."""
+"""Receive recordings, as a multipart form or as the body itself, within limits meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from server.errors import (
+    AudioTruncatedError,
     InvalidRequestError,
     ServerError,
     UploadStalledError,
@@ -23,34 +25,51 @@ if TYPE_CHECKING:
 
     from fastapi import Request
 
-MAX_PROMPT_CHARACTERS = 1000
-_FIELDS = ("file", "prompt")
+MAX_FILES = 32
+"""Recordings in one request."""
+
 _MAX_FIELD_BYTES = 16 * 1024
-# Parts counted by the parser itself; more than we take, so that we can say what is wrong.
-_MAX_PARTS = 16
+_MAX_FIELDS = 256  # counted by the parser; repeated ones (keywords[]) are many
 _DISCARD_TIMEOUT_S = 5.0
+_PCM_SAMPLE_BYTES = 2
+_MAX_PCM_CHANNELS = 64
+_MAX_RATE_DIGITS = 7  # which rates are taken is for the limits to say
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """A form's content."""
+    """What a request brings.
 
-    data: bytes
-    prompt: str | None
+    Attributes:
+        recordings: bytes of each file, in order; at least one.
+        fields: of the form, by name and in order; a name may come again.
+    """
+
+    recordings: tuple[bytes, ...]
+    fields: tuple[tuple[str, str], ...]
 
 
-async def receive_upload(request: Request, max_bytes: int, idle_timeout_s: float) -> Upload:
-    """Receive and check the form.
+async def receive_upload(
+    request: Request, max_bytes: int, idle_timeout_s: float, *, takes_raw: bool = False
+) -> Upload:
+    """Receive a request's recordings and fields.
+
+    Args:
+        request: whose body has not been read.
+        max_bytes: of the body.
+        idle_timeout_s: longest pause in it.
+        takes_raw: whether the body may be the recording itself.
 
     Raises:
         UploadTooLargeError: the body is larger than `max_bytes`, announced or received.
         UploadStalledError: nothing came for `idle_timeout_s`.
-        InvalidRequestError: no form, no file, several files, unknown fields.
+        InvalidRequestError: no form, no file, too many files, a file in place of a text.
+        AudioTruncatedError: raw samples that end within one.
         ClientDisconnect: the client left.
     """
     body = _Body(request, max_bytes, idle_timeout_s)
     try:
-        return await _read(request, body)
+        return await _read(request, body, takes_raw=takes_raw)
     except UploadStalledError:  # there is nothing to read on for
         raise
     except ServerError:
@@ -114,20 +133,68 @@ class _Body:
         return chunk
 
 
-async def _read(request: Request, body: _Body) -> Upload:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raise InvalidRequestError(
-            f"send multipart/form-data with the recording in the field 'file', not {media_type!r}"
-        )
+async def _read(request: Request, body: _Body, *, takes_raw: bool) -> Upload:
+    media_type, parameters = _parse_media_type(request.headers.get("content-type", ""))
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > body.max_bytes:
         raise _too_large(body.max_bytes)
+    if media_type == "multipart/form-data":
+        return await _read_form(request, body)
+    is_audio = media_type.startswith(("audio/", "video/"))  # webm and mp4 go by either
+    if takes_raw and (is_audio or media_type == "application/octet-stream"):
+        header = _pcm_header(parameters) if media_type == "audio/pcm" else None
+        data = b"".join([chunk async for chunk in body.chunks()])
+        recording = data if header is None else _wrap_pcm(header, data)
+        return Upload((recording,), ())
+    raw = ", or the recording itself as audio/*" if takes_raw else ""
+    raise InvalidRequestError(
+        f"send multipart/form-data with the recording in the field 'file'{raw}, not {media_type!r}"
+    )
+
+
+def _parse_media_type(header: str) -> tuple[str, dict[str, str]]:
+    media_type, *parts = header.split(";")
+    pairs = (part.partition("=") for part in parts)
+    parameters = {name.strip().lower(): value.strip().strip('"') for name, _, value in pairs}
+    return media_type.strip().lower(), parameters
+
+
+def _pcm_header(parameters: dict[str, str]) -> tuple[int, int]:
+    """Rate and channels of `audio/pcm;rate=16000;channels=1`, signed 16 bit little-endian."""
+    rate, channels = parameters.get("rate", ""), parameters.get("channels", "1")
+    is_number = rate.isascii() and rate.isdecimal() and len(rate) <= _MAX_RATE_DIGITS
+    if not is_number or int(rate) == 0:
+        raise InvalidRequestError(
+            "raw samples need their rate, in Hz: Content-Type: audio/pcm;rate=16000", param="rate"
+        )
+    if channels not in {str(number) for number in range(1, _MAX_PCM_CHANNELS + 1)}:
+        raise InvalidRequestError(
+            f"channels is a number from 1 to {_MAX_PCM_CHANNELS}, not {channels!r}",
+            param="channels",
+        )
+    return int(rate), int(channels)
+
+
+def _wrap_pcm(header: tuple[int, int], samples: bytes) -> bytes:
+    """Put a WAV header before raw samples, so that they take the way of every other file."""
+    rate_hz, channels = header
+    frame_bytes = _PCM_SAMPLE_BYTES * channels
+    if len(samples) % frame_bytes:
+        raise AudioTruncatedError(f"the raw samples are no multiple of {frame_bytes} bytes")
+    form = struct.pack(
+        "<HHIIHH", 1, channels, rate_hz, rate_hz * frame_bytes & 0xFFFFFFFF, frame_bytes, 16
+    )
+    chunks = b"fmt " + struct.pack("<I", len(form)) + form
+    chunks += b"data" + struct.pack("<I", len(samples)) + samples
+    return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks if samples else b""
+
+
+async def _read_form(request: Request, body: _Body) -> Upload:
     parser = MultiPartParser(
         request.headers,
         body.chunks(),
-        max_files=_MAX_PARTS,
-        max_fields=_MAX_PARTS,
+        max_files=MAX_FILES + 1,  # so that we can say what is wrong
+        max_fields=_MAX_FIELDS,
         max_part_size=_MAX_FIELD_BYTES,
     )
     try:
@@ -135,7 +202,7 @@ async def _read(request: Request, body: _Body) -> Upload:
     except MultiPartException as error:
         raise InvalidRequestError(f"not a multipart form: {error.message}") from error
     try:
-        return await _check(form)
+        return await _sort(form)
     finally:
         await form.close()
 
@@ -144,35 +211,23 @@ def _too_large(max_bytes: int) -> UploadTooLargeError:
     return UploadTooLargeError(f"the upload is larger than {max_bytes} bytes", param="file")
 
 
-async def _check(form: FormData) -> Upload:
-    unknown = sorted({name for name, _ in form.multi_items()} - set(_FIELDS))
-    if unknown:
-        raise InvalidRequestError(
-            f"unknown field {unknown[0]!r}; this endpoint takes {' and '.join(_FIELDS)}",
-            param=unknown[0],
-        )
-    files = form.getlist("file")
-    if not files:
+async def _sort(form: FormData) -> Upload:
+    """Tell recordings from fields."""
+    recordings: list[bytes] = []
+    fields: list[tuple[str, str]] = []
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile) and name == "file":
+            recordings.append(await value.read())
+        elif isinstance(value, UploadFile):
+            raise InvalidRequestError(f"the field {name!r} is no file", param=name)
+        elif name == "file":
+            raise InvalidRequestError(
+                "the field 'file' has to be a file, with a filename", param="file"
+            )
+        else:
+            fields.append((name, value))
+    if not recordings:
         raise InvalidRequestError("the field 'file' is missing", param="file")
-    if len(files) > 1:
-        raise InvalidRequestError(f"{len(files)} files; send one a request", param="file")
-    if not isinstance(files[0], UploadFile):
-        raise InvalidRequestError(
-            "the field 'file' has to be a file, with a filename", param="file"
-        )
-    return Upload(await files[0].read(), _check_prompt(form))
-
-
-def _check_prompt(form: FormData) -> str | None:
-    prompts = form.getlist("prompt")
-    if not prompts:
-        return None
-    if len(prompts) > 1 or not isinstance(prompts[0], str):
-        raise InvalidRequestError("the field 'prompt' has to be one text", param="prompt")
-    if not prompts[0].strip():
-        raise InvalidRequestError("the field 'prompt' is empty", param="prompt")
-    if len(prompts[0]) > MAX_PROMPT_CHARACTERS:
-        raise InvalidRequestError(
-            f"the prompt has more than {MAX_PROMPT_CHARACTERS} characters", param="prompt"
-        )
-    return prompts[0]
+    if len(recordings) > MAX_FILES:
+        raise InvalidRequestError(f"at most {MAX_FILES} files are taken at once", param="file")
+    return Upload(tuple(recordings), tuple(fields))

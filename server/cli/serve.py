@@ -76,6 +76,7 @@ def serve(settings: Settings) -> None:
     """
     import uvicorn
 
+    from server.api.realtime import MAX_MESSAGE_BYTES
     from server.app import create_app
     from server.log import configure_logging
 
@@ -85,7 +86,11 @@ def serve(settings: Settings) -> None:
     # a good end as a death by signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: None)
-    app = create_app(settings, on_failure=lambda: _end(server))
+    try:
+        app = create_app(settings, on_failure=lambda: _end(server))
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(_BAD_USAGE) from error
     runtime: Runtime = app.state.runtime
     config = uvicorn.Config(
         app,
@@ -93,6 +98,9 @@ def serve(settings: Settings) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        ws="websockets-sansio",
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,  # of little use for sound, and its window costs memory
         timeout_graceful_shutdown=round(settings.drain_timeout_s) + _CLOSE_CONNECTIONS_S,
     )
     server = _draining_server(config, runtime)
@@ -126,6 +134,8 @@ def _draining_server(config: Any, runtime: Runtime) -> Server:  # noqa: ANN401 -
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             runtime.begin_drain()
+            # uvicorn would cut these off at once.
+            await runtime.open_sessions.drain(runtime.settings.drain_timeout_s)
             await super().shutdown(sockets)
 
     return DrainingServer(config)

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.core import EngineCore, Outcome
-from server.engine.interface import EngineStats
+from server.engine.interface import ALL_GUARDS, EngineStats
 from server.errors import (
     InferenceFailedError,
     NotReadyError,
@@ -21,12 +21,13 @@ from server.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from server.engine.admission import Admission, Ticket
     from server.engine.interface import (
         EngineRequest,
         EngineResult,
+        Guards,
         IterationReport,
         Piece,
         Runner,
@@ -49,7 +50,7 @@ class ContinuousEngine:
         limits: ScheduleLimits,
         admission: Admission,
         *,
-        guards_loops: bool = True,
+        guards: Guards = ALL_GUARDS,
         on_iteration: Callable[[IterationReport], None] = lambda _report: None,
     ) -> None:
         """Prepare; `start` loads.
@@ -58,12 +59,12 @@ class ContinuousEngine:
             load: makes the runner, in the device's thread; again after the engine has died.
             limits: of an iteration.
             admission: bounds what holds a ticket and does not run yet.
-            guards_loops: whether answers that repeat themselves are broken off.
+            guards: against what LLM decoders are prone to.
             on_iteration: told of each iteration, in the device's thread.
         """
         self._load = load
         self._limits = limits
-        self._guards_loops = guards_loops
+        self._guards = guards
         self._on_iteration = on_iteration
         self._admission = admission
         self._entries: dict[int, _Entry] = {}
@@ -84,6 +85,19 @@ class ContinuousEngine:
             raise NotReadyError("the model is not loaded")
         return self._core.runner.max_audio_s
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """What the checkpoint names."""
+        if self._core is None:
+            raise NotReadyError("the model is not loaded")
+        return self._core.runner.languages
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text."""
+        if self._core is None:
+            raise NotReadyError("the model is not loaded")
+        return self._core.runner.token_bytes(token_ids)
+
     async def start(self) -> None:
         """Load and warm up in the device's thread."""
         self._death = asyncio.get_running_loop().create_future()
@@ -101,7 +115,7 @@ class ContinuousEngine:
         return EngineCore(
             runner,
             self._limits,
-            guards_loops=self._guards_loops,
+            guards=self._guards,
             on_iteration=self._on_iteration,
         )
 
@@ -192,7 +206,8 @@ class ContinuousEngine:
             if (entry := self._entries.pop(key, None)) is None:
                 continue
             entry.end(answer)
-            if not isinstance(answer, ServerError):
+            # Silence took no work, and says nothing of how fast work is done.
+            if not isinstance(answer, ServerError) and answer.batch_size:
                 finished.append(entry.request.audio_s)
         self._admission.rate.record(
             requests=len(finished), audio_s=sum(finished), busy_s=outcome.busy_s

@@ -13,21 +13,32 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from server.engine.beams import BeamSearch, place
+from server.engine.decoding import Candidates, Token
 from server.engine.generation import LOOP_RETRY_PENALTY, Generation, TextStream
-from server.engine.interface import EngineResult, IterationReport, Piece
+from server.engine.interface import ALL_GUARDS, EngineResult, IterationReport, Piece
 from server.engine.scheduler import Decision, Running, Waiting, decide
+from server.engine.silence import is_silent
 from server.errors import (
     DeadlineExceededError,
     InferenceFailedError,
     InvalidRequestError,
     ServerError,
 )
+from server.transcription import Hypothesis
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from server.engine.decoding import Token
-    from server.engine.interface import EndReason, EngineRequest, Plan, Runner, StartReport
+    from server.engine.decoding import Decoding
+    from server.engine.interface import (
+        EndReason,
+        EngineRequest,
+        Guards,
+        Plan,
+        Runner,
+        StartReport,
+    )
     from server.engine.scheduler import ScheduleLimits
     from server.transcription import Word
 
@@ -45,13 +56,14 @@ class _Queued:
 
 @dataclass(slots=True, eq=False)
 class _Active:
-    """A request that runs; its place in the list is its row.
+    """A request that runs.
 
     Attributes:
         queued: what it was before.
         plan: its sequence.
         generation: its answer.
         stream: cuts its text into pieces; None where nobody listens.
+        rows: where it runs, one for each beam.
         started_s: when its batch began to be encoded.
         batch_size: clips in that batch.
         report: what starting them took.
@@ -60,8 +72,9 @@ class _Active:
 
     queued: _Queued
     plan: Plan
-    generation: Generation
+    generation: Generation | BeamSearch
     stream: TextStream | None
+    rows: list[int] = field(default_factory=list)
     started_s: float = 0.0
     batch_size: int = 0
     report: StartReport | None = None
@@ -95,7 +108,7 @@ class EngineCore:
         runner: Runner,
         limits: ScheduleLimits,
         *,
-        guards_loops: bool = True,
+        guards: Guards = ALL_GUARDS,
         on_iteration: Callable[[IterationReport], None] = lambda _report: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -104,7 +117,7 @@ class EngineCore:
         Args:
             runner: warm, with all its slots free.
             limits: of an iteration; its size is bounded by the runner's slots besides.
-            guards_loops: whether answers that repeat themselves are broken off.
+            guards: against what LLM decoders are prone to.
             on_iteration: told of each, in this thread.
             clock: monotonic seconds; the requests' deadlines are on it.
         """
@@ -114,11 +127,12 @@ class EngineCore:
             max_batch_size=min(limits.max_batch_size, runner.n_slots),
             window_s=runner.window_s,
         )
-        self._guards_loops = guards_loops
+        self._guards = guards
         self._on_iteration = on_iteration
         self._clock = clock
         self._waiting: dict[int, _Queued] = {}
-        self._running: list[_Active] = []
+        self._running: dict[int, _Active] = {}
+        self._rows: list[_Active] = []  # by row
         self._wake_s: float | None = None
         self._outcome = Outcome()
         self._report = IterationReport()
@@ -137,7 +151,8 @@ class EngineCore:
     @property
     def running_audio_s(self) -> float:
         """Their audio, seconds."""
-        return sum(each.queued.request.audio_s for each in self._running)
+        # Copied, since the event loop asks as well.
+        return sum(each.queued.request.audio_s for each in list(self._running.values()))
 
     def idle_s(self) -> float | None:
         """How long nothing is to be done if nothing arrives; None for until something does."""
@@ -148,16 +163,29 @@ class EngineCore:
         return 0.0 if self._wake_s is None else max(0.0, self._wake_s - self._clock())
 
     def submit(self, key: int, request: EngineRequest, arrived_s: float) -> None:
-        """Queue a request; its answer will come under `key`."""
-        self._waiting[key] = _Queued(key, request, arrived_s)
+        """Queue a request, or answer it at once; its answer will come under `key`.
+
+        A silent clip's answer is empty and comes without pieces, to those who listen too.
+        """
+        queued = _Queued(key, request, arrived_s)
+        num_beams, slots = request.decoding.num_beams, self._limits.max_batch_size
+        if num_beams > slots:
+            message = f"num_beams is out of range: {num_beams}, and the server runs {slots} at most"
+            self._refuse(queued, InvalidRequestError(message, param="num_beams"))
+            return
+        if self._guards.silence and is_silent(request.waveform):
+            self._ended["stop"] += 1
+            self._outcome.answers.append((key, _nothing_said(request.decoding)))
+            return
+        self._waiting[key] = queued
         self._wake_s = None
 
     def cancel(self, key: int) -> None:
         """Drop a request, wherever it is; nobody waits for its answer."""
         if self._waiting.pop(key, None) is not None:
             self._ended["cancelled"] += 1
-        elif (row := self._row_of(key)) is not None:
-            self._leave(row, "cancelled")
+        elif (active := self._running.get(key)) is not None:
+            self._leave(active, "cancelled")
 
     def hurry(self) -> None:
         """Wait for fuller batches no more: nothing is to come that could fill them."""
@@ -193,20 +221,28 @@ class EngineCore:
 
     def _decide(self) -> Decision:
         waiting = [
-            Waiting(each.key, each.arrived_s, each.request.audio_s, each.request.deadline_s)
+            Waiting(
+                each.key,
+                each.arrived_s,
+                each.request.audio_s,
+                each.request.deadline_s,
+                each.request.decoding.num_beams,
+            )
             for each in self._waiting.values()
         ]
+        requests = {key: each.queued.request for key, each in self._running.items()}
         running = [
-            Running(each.queued.key, each.queued.request.deadline_s) for each in self._running
+            Running(key, request.deadline_s, request.decoding.num_beams)
+            for key, request in requests.items()
         ]
         decision = decide(waiting, running, self._clock(), self._limits)
         self._wake_s = decision.wake_s
         return decision
 
     def _expire(self, key: int) -> None:
-        row = self._row_of(key)
-        if row is not None:
-            self._leave(row, "deadline")
+        active = self._running.get(key)
+        if active is not None:
+            self._leave(active, "deadline")
             error = DeadlineExceededError("the answer was not complete at the request's deadline")
         else:
             del self._waiting[key]
@@ -214,17 +250,23 @@ class EngineCore:
             error = DeadlineExceededError("the request still waited at its deadline")
         self._outcome.answers.append((key, error))
 
-    def _row_of(self, key: int) -> int | None:
-        return next((i for i, each in enumerate(self._running) if each.queued.key == key), None)
-
-    def _leave(self, row: int, reason: EndReason) -> None:
-        """Free a row; the last one takes its place, in the runner as here."""
-        self.runner.release(row, failed=reason == "failed")
+    def _leave(self, active: _Active, reason: EndReason) -> None:
+        """Free a request's rows."""
+        self._release(active, active.rows, failed=reason == "failed")
+        del self._running[active.queued.key]
         self._ended[reason] += 1
         self._wake_s = None  # there is room for what waits
-        last = self._running.pop()
-        if row < len(self._running):
-            self._running[row] = last
+
+    def _release(self, active: _Active, rows: Sequence[int], *, failed: bool = False) -> None:
+        """Free some of a request's rows; the last takes a freed one's place, in the runner too."""
+        # From the highest on: so the last row is another request's, or the one that is freed.
+        for row in sorted(rows, reverse=True):
+            self.runner.release(row, failed=failed)
+            active.rows.remove(row)
+            last = self._rows.pop()
+            if row < len(self._rows):
+                self._rows[row] = last
+                last.rows[last.rows.index(len(self._rows))] = row
 
     def _start(self, batch: Sequence[_Queued]) -> None:
         planned = [active for each in batch if (active := self._plan(each)) is not None]
@@ -245,14 +287,23 @@ class EngineCore:
             self._refuse(queued, _guilty())
             return None
         listens = request.on_piece is not None
-        generation = Generation(
+        stream = TextStream(self.runner.text) if listens else None
+        return _Active(queued, plan, self._generation(plan, listens=listens), stream)
+
+    def _generation(self, plan: Plan, *, listens: bool) -> Generation | BeamSearch:
+        if plan.decoding.num_beams > 1:
+            return BeamSearch(
+                num_beams=plan.decoding.num_beams,
+                max_tokens=plan.max_tokens,
+                stop_ids=self.runner.stop_ids,
+                guards_loops=self._guards.loops,
+            )
+        return Generation(
             max_tokens=plan.max_tokens,
             stop_ids=self.runner.stop_ids,
-            guards_loops=self._guards_loops,
+            guards_loops=self._guards.loops,
             may_retry=not listens,  # what was told cannot be taken back
         )
-        stream = TextStream(self.runner.text) if listens else None
-        return _Active(queued, plan, generation, stream)
 
     def _start_or_halve(self, batch: list[_Active]) -> bool:
         """Start a batch, or what of it can be; returns whether nobody had to be refused."""
@@ -276,7 +327,9 @@ class EngineCore:
     def _join(self, batch: list[_Active], started_s: float, report: StartReport) -> None:
         for each in batch:
             each.started_s, each.batch_size, each.report = started_s, len(batch), report
-        self._running += batch
+            each.rows = [len(self._rows)]
+            self._rows.append(each)
+            self._running[each.queued.key] = each
         durations_s = [each.queued.request.audio_s for each in batch]
         padded_s = len(batch) * max(*durations_s, self._limits.window_s)
         self._report.add_start(
@@ -289,29 +342,31 @@ class EngineCore:
 
     def _step(self) -> None:
         began_s = time.perf_counter()
-        self._report.decoded_rows = len(self._running)
-        tokens = self._tokens_of(slice(0, len(self._running)))
+        self._report.decoded_rows = len(self._rows)
+        outputs = self._outputs_of(slice(0, len(self._rows)))
         self._report.decode_s = time.perf_counter() - began_s
         now_s = self._clock()
-        # From the last row on, so that the one that takes a freed row's place is done already.
-        for row in reversed(range(len(tokens))):
-            self._take_token(row, tokens[row], now_s)
-        if None in tokens:
+        # Taken before anybody leaves or branches, which moves rows.
+        taken = [
+            (active, [outputs[row] for row in active.rows]) for active in self._running.values()
+        ]
+        all_well = [self._take(active, each, now_s) for active, each in taken]
+        if not all(all_well):
             self.runner.probe()
 
-    def _tokens_of(self, rows: slice) -> list[Token | None]:
-        """One token for each row; None for those that the model fails on even alone."""
+    def _outputs_of(self, rows: slice) -> list[Token | Candidates | None]:
+        """What the model says of each row; None for those that it fails on even alone."""
         try:
             return self.runner.step(rows)
         except Exception:  # noqa: BLE001 - a model may raise anything; logged
-            self._note_failure("step", [each.queued for each in self._running[rows]])
+            self._note_failure("step", _requests_of(self._rows[rows]))
         self.runner.recover()
         if rows.stop - rows.start == 1:
             return [None]
         middle = (rows.start + rows.stop) // 2
         return [
-            *self._tokens_of(slice(rows.start, middle)),
-            *self._tokens_of(slice(middle, rows.stop)),
+            *self._outputs_of(slice(rows.start, middle)),
+            *self._outputs_of(slice(middle, rows.stop)),
         ]
 
     def _note_failure(self, call: str, batch: Sequence[_Queued]) -> None:
@@ -319,23 +374,67 @@ class EngineCore:
         ids = " ".join(each.request.id for each in batch)
         _log.exception("the model failed to %s a batch of %d: %s", call, len(batch), ids)
 
-    def _take_token(self, row: int, token: Token | None, now_s: float) -> None:
-        active = self._running[row]
-        if token is None:
-            self._leave(row, "failed")
-            self._outcome.answers.append((active.queued.key, _guilty()))
-            return
+    def _take(
+        self, active: _Active, outputs: Sequence[Token | Candidates | None], now_s: float
+    ) -> bool:
+        """Let a request's answer grow, by one output a row; returns whether the model did well."""
         if active.first_token_s is None:
             active.first_token_s = now_s
         generation = active.generation
+        candidates = [each for each in outputs if isinstance(each, Candidates)]
+        if isinstance(generation, BeamSearch):
+            did_well = len(candidates) == len(outputs)
+            did_well = did_well and self._push_candidates(active, generation, candidates)
+        else:
+            did_well = isinstance(outputs[0], Token)
+            if isinstance(outputs[0], Token):
+                self._push_token(active, generation, outputs[0])
+        if not did_well:
+            self._leave(active, "failed")
+            self._outcome.answers.append((active.queued.key, _guilty()))
+        elif generation.finish_reason is not None:
+            self._leave(active, generation.finish_reason)
+            self._outcome.answers.append((active.queued.key, self._result(active, now_s)))
+        return did_well
+
+    def _push_token(self, active: _Active, generation: Generation, token: Token) -> None:
         if generation.push(token):
-            self._report.retries += 1
-            self.runner.restart(row, LOOP_RETRY_PENALTY)
+            self._restart(active)
         if active.stream is not None:
             self._tell(active, active.stream, token)
-        if generation.finish_reason is not None:
-            self._leave(row, generation.finish_reason)
-            self._outcome.answers.append((active.queued.key, self._result(active, now_s)))
+
+    def _push_candidates(
+        self, active: _Active, search: BeamSearch, candidates: Sequence[Candidates]
+    ) -> bool:
+        branches = search.push(candidates)
+        if not branches:
+            if search.finish_reason is None:
+                self._restart(active)
+            return True
+        parents = [branch.parent for branch in branches]
+        n_fresh = max(0, len(branches) - len(active.rows))
+        fresh = range(len(self._rows), len(self._rows) + n_fresh)
+        rows = place(active.rows, parents, fresh)
+        try:
+            self.runner.branch(
+                rows,
+                [active.rows[parent] for parent in parents],
+                [branch.token_id for branch in branches],
+            )
+        except Exception:  # noqa: BLE001 - a device may raise anything; logged
+            self._note_failure("branch", [active.queued])
+        else:
+            active.rows = rows
+            self._rows += [active] * n_fresh
+            return True
+        self.runner.recover()
+        return False
+
+    def _restart(self, active: _Active) -> None:
+        """Begin an answer again, in one row."""
+        self._report.retries += 1
+        self._release(active, active.rows[1:])
+        self.runner.restart(active.rows[0], LOOP_RETRY_PENALTY)
 
     def _tell(self, active: _Active, stream: TextStream, token: Token) -> None:
         is_last = active.generation.finish_reason is not None
@@ -354,6 +453,7 @@ class EngineCore:
             finish_reason=generation.finish_reason,
             token_ids=tuple(generation.token_ids),
             logprobs=tuple(generation.logprobs) if active.plan.decoding.logprobs else None,
+            hypotheses=self._hypotheses(active),
             queue_s=active.started_s - active.queued.arrived_s,
             encode_s=report.encode_s,
             prefill_s=report.prefill_s,
@@ -370,6 +470,37 @@ class EngineCore:
             self._note_failure("align", [active.queued])
         self.runner.recover()
         return None  # the text is good without
+
+    def _hypotheses(self, active: _Active) -> tuple[Hypothesis, ...]:
+        search, n_best = active.generation, active.plan.decoding.n_best
+        if not isinstance(search, BeamSearch) or n_best == 1:
+            return ()
+        return tuple(
+            Hypothesis(self.runner.text(beam.token_ids), beam.score)
+            for beam in search.answers[:n_best]
+        )
+
+
+def _requests_of(rows: Sequence[_Active]) -> list[_Queued]:
+    """Requests that run in these rows, each once."""
+    return list({each.queued.key: each.queued for each in rows}.values())
+
+
+def _nothing_said(decoding: Decoding) -> EngineResult:
+    return EngineResult(
+        text="",
+        language=None,
+        finish_reason="stop",
+        token_ids=(),
+        queue_s=0.0,
+        encode_s=0.0,
+        prefill_s=0.0,
+        generate_s=0.0,
+        first_token_s=0.0,
+        batch_size=0,
+        logprobs=() if decoding.logprobs else None,
+        hypotheses=(Hypothesis("", 0.0),) if decoding.n_best > 1 else (),
+    )
 
 
 def _guilty() -> InferenceFailedError:

@@ -11,6 +11,8 @@ FinishReason = Literal["stop", "length", "loop", "cancelled", "deadline"]
 """`stop`: the end token; `length`: the token cap; `loop`: it repeated itself, under a penalty too;
 `cancelled`: its client left; `deadline`: the answer would have come too late."""
 
+MAX_BEAMS = 8
+
 _MAX_TEMPERATURE = 2.0
 _MAX_SEED = 2**63 - 1
 _PENALTIES = (0.1, 10.0)
@@ -28,9 +30,11 @@ class Decoding:
             generated before; 1 for none. The prompt's tokens are not penalised.
         max_tokens: cap besides the one from the audio's duration; None for only that.
         logprobs: also report each token's log-probability under the model.
+        num_beams: of beam search, each of which takes a slot; 1 for none.
+        n_best: how many of the beams' answers to report, with their scores.
 
     Raises:
-        InvalidRequestError: a value out of range; names it.
+        InvalidRequestError: a value out of range, or beams with sampling; names it.
     """
 
     temperature: float = 0.0
@@ -39,6 +43,8 @@ class Decoding:
     repetition_penalty: float = 1.0
     max_tokens: int | None = None
     logprobs: bool = False
+    num_beams: int = 1
+    n_best: int = 1
 
     def __post_init__(self) -> None:
         """Check the ranges; NaN is in none of them."""
@@ -48,16 +54,23 @@ class Decoding:
             "seed": self.seed is None or 0 <= self.seed <= _MAX_SEED,
             "repetition_penalty": _PENALTIES[0] <= self.repetition_penalty <= _PENALTIES[1],
             "max_tokens": self.max_tokens is None or self.max_tokens >= 1,
+            "num_beams": 1 <= self.num_beams <= MAX_BEAMS,
+            "n_best": 1 <= self.n_best <= self.num_beams,
         }
         for name, is_in_range in in_range.items():
             if not is_in_range:
                 value = getattr(self, name)
                 raise InvalidRequestError(f"{name} is out of range: {value}", param=name)
+        if self.num_beams > 1 and self.temperature > 0:
+            raise InvalidRequestError(
+                "beam search does not sample: it takes a temperature of 0", param="num_beams"
+            )
 
     @property
     def is_plain(self) -> bool:
         """Whether the likeliest token is taken as it is and nothing besides is asked for."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and not self.logprobs
+        is_greedy = self.temperature == 0 and self.num_beams == 1
+        return is_greedy and self.repetition_penalty == 1 and not self.logprobs
 
 
 GREEDY = Decoding()
@@ -74,3 +87,18 @@ class Token:
 
     id: int
     logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest next tokens of one beam, the best first.
+
+    Attributes:
+        token_ids: in the LLM's vocabulary.
+        scores: natural logarithms of their probabilities, after the repetition penalty.
+        logprobs: the same without it.
+    """
+
+    token_ids: tuple[int, ...]
+    scores: tuple[float, ...]
+    logprobs: tuple[float, ...]

@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from server.engine.decoding import GREEDY, Decoding, FinishReason, Token
+from server.engine.decoding import GREEDY, Candidates, Decoding, FinishReason, Token
+from server.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from server.engine.admission import Ticket
-    from server.transcription import Word
+    from server.transcription import Hypothesis, Word
 
 EndReason = FinishReason | Literal["failed"]
 """How a request left the engine; `failed`: it was refused, or the model failed on it."""
@@ -56,6 +57,10 @@ class EngineRequest:
         on_piece: told of every token, on the event loop. An answer that somebody listens to is
             not begun again when it loops.
         with_words: also find out when each word was said, if the checkpoint can.
+
+    Raises:
+        InvalidRequestError: somebody listens to a beam search, whose best beginning may change
+            with every token.
     """
 
     id: str
@@ -66,6 +71,13 @@ class EngineRequest:
     decoding: Decoding = GREEDY
     on_piece: Callable[[Piece], None] | None = None
     with_words: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be streamed."""
+        if self.on_piece is not None and self.decoding.num_beams > 1:
+            raise InvalidRequestError(
+                "beam search cannot be streamed: its answer is known at its end", param="num_beams"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +94,10 @@ class EngineResult:
         prefill_s: its batch's time from audio embeddings to a filled KV slot.
         generate_s: from its audio embeddings to its text, prefill included.
         first_token_s: from submission to its first token.
-        batch_size: clips it was encoded with.
+        batch_size: clips it was encoded with; 0 for silence, which the model did not see.
         logprobs: of the tokens, natural logarithms; None where they were not asked for.
+        hypotheses: the n best answers of a beam search, the best, which is `text`, first; empty
+            where no more than one was asked for.
         words: of the text, placed in the clip; None where they were not asked for, or cannot be.
     """
 
@@ -98,6 +112,7 @@ class EngineResult:
     first_token_s: float
     batch_size: int
     logprobs: tuple[float, ...] | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
     words: tuple[Word, ...] | None = None
 
 
@@ -111,7 +126,7 @@ class EngineStats:
         admitted_audio_s: their audio, seconds.
         queued: submitted, and not yet started.
         running: started, and not yet done.
-        slots: that there are for running requests.
+        slots: that there are for running requests; a beam search takes one for every beam.
         kv_cache_bytes: memory of these.
         rtfx: seconds of audio finished in a second of work; None before the first.
     """
@@ -180,12 +195,37 @@ class IterationReport:
         self.prefill_s += report.prefill_s
 
 
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """What is done against the bad habits of LLM decoders.
+
+    Attributes:
+        loops: answers that repeat themselves are tried again under a penalty, then broken off.
+        silence: a clip without any sound gets an empty answer, without the model.
+    """
+
+    loops: bool
+    silence: bool
+
+
+ALL_GUARDS = Guards(loops=True, silence=True)
+NO_GUARDS = Guards(loops=False, silence=False)
+"""The model's own answers, as `generate` gives them."""
+
+
 class Engine(Protocol):
     """Turns waveforms into transcripts, many at a time. Methods run on one event loop."""
 
     @property
     def max_audio_s(self) -> float:
         """Longest clip, seconds; known after `start`."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text, in UTF-8; a character may need several tokens."""
 
     async def start(self) -> None:
         """Load and warm up; the loop stays free meanwhile."""
@@ -253,12 +293,20 @@ class Plan:
 class Runner(Protocol):
     """The model on its device, with slots for running sequences. Called from one thread only.
 
-    Sequences run in rows 0 to n - 1, in the order in which they were started.
+    Sequences run in rows 0 to n - 1, in the order in which they were started. A beam search starts
+    in one row, and `branch` gives it more.
     """
 
     @property
     def max_audio_s(self) -> float:
         """Longest clip, seconds."""
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text, in UTF-8. Unlike the rest, called from any thread."""
 
     @property
     def window_s(self) -> float:
@@ -293,10 +341,16 @@ class Runner(Protocol):
     def start(self, plans: Sequence[Plan]) -> StartReport:
         """Encode and prefill into the next free rows; a failure leaves the rows as they were."""
 
-    def step(self, rows: slice) -> list[Token | None]:
-        """Give each of `rows` its next token; None where the model's output is not finite.
+    def step(self, rows: slice) -> list[Token | Candidates | None]:
+        """Give each of `rows` its next token, or, in a beam search, the candidates for it.
 
-        A failure leaves the rows as they were.
+        A failure leaves the rows as they were. None where the model's output is not finite.
+        """
+
+    def branch(self, rows: Sequence[int], parents: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Let each of `rows` go on as the row `parents[i]` is, with a token.
+
+        Rows behind the used ones, without a gap, are taken into use.
         """
 
     def restart(self, row: int, repetition_penalty: float) -> None:

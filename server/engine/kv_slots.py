@@ -178,6 +178,21 @@ class KVSlots(Cache):
         self._access.begin(rows, positions, min(bucket, self.plan.slot_tokens))
         return positions[:, None]
 
+    def decode_step(self) -> tuple[slice, int, Tensor]:
+        """The begun decode step: its rows, the length that it attends to, its columns (R,)."""
+        if self._access.positions is None:
+            raise ValueError("no decode step has begun")
+        return self._access.rows, self._access.live, self._access.positions
+
+    def begin_padded(self, columns: Tensor, live: int) -> None:
+        """Let the next pass write one token to each of the first rows, used or free.
+
+        Args:
+            columns: (R,) where in its row each is written; read when the pass runs.
+            live: length that is attended to.
+        """
+        self._access.begin(slice(0, len(columns)), columns, live)
+
     def decode_mask(self, window: int | None = None) -> Tensor:
         """Which tokens each row of the begun decode step attends to.
 
@@ -203,6 +218,26 @@ class KVSlots(Cache):
     def rewind(self, row: int, length: int) -> None:
         """Forget what a row holds past `length` tokens."""
         self._lens[row] = min(self._lens[row], length)
+
+    def branch(self, rows: Sequence[int], parents: Sequence[int], shared_len: int) -> None:
+        """Let each of `rows` hold what `parents[i]` holds; free rows, in order, come into use.
+
+        Args:
+            rows: that are written; none twice.
+            parents: used rows, all equally long.
+            shared_len: tokens that used rows among `rows` have in common with their parents.
+        """
+        length = self._lens[parents[0]]
+        fresh = [row for row in rows if row >= len(self._lens)]
+        pairs = [pair for pair in zip(rows, parents, strict=True) if pair[0] != pair[1]]
+        # What is new first: its parents are still as they were.
+        for is_new, start in ((True, 0), (False, shared_len)):
+            targets = [row for row, _ in pairs if (row in fresh) is is_new]
+            sources = [parent for row, parent in pairs if (row in fresh) is is_new]
+            if targets and start < length:
+                for layer in self.layers:
+                    layer.copy(sources, targets, slice(start, length))
+        self._lens += [length] * len(fresh)
 
     def release(self, row: int, *, wipe: bool = False) -> None:
         """Free a row; the last one takes its place.
@@ -278,6 +313,11 @@ class _SlotLayer(CacheLayerMixin):
             self.keys[target, :, :length] = self.keys[source, :, :length]
             self.values[target, :, :length] = self.values[source, :, :length]
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int], columns: slice) -> None:
+        # Indexing by lists copies before it writes: a source may be a target as well.
+        self.keys[targets, :, columns] = self.keys[sources, :, columns]
+        self.values[targets, :, columns] = self.values[sources, :, columns]
+
     def wipe(self, row: int, start: int) -> None:
         self.keys[row, :, start:] = 0
         self.values[row, :, start:] = 0
@@ -306,8 +346,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class DecodeMasks:
     """Builds the attention masks of decode steps in the form that an LLM takes."""
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig, *, additive: bool = False) -> None:
         """Look at the LLM's layers.
+
+        Args:
+            config: of the LLM.
+            additive: whether the masks are to be added to scores, whatever the LLM takes.
 
         Raises:
             ValueError: they attend in a way that slots cannot offer; the message names it.
@@ -327,12 +371,22 @@ class DecodeMasks:
                 f"the engine takes the attention implementations sdpa and eager, not "
                 f"{implementation!r}"
             )
-        self._is_additive = implementation == "eager"
+        self._is_additive = additive or implementation == "eager"
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What the LLM's layers attend to: everything, a sliding window, or both."""
+        return frozenset(self._kinds)
 
     def build(self, slots: KVSlots, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Masks for the begun decode step: one, or one for each kind of layer."""
         masks = {kind: self._mask(slots, kind, dtype) for kind in self._kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def build_one(self, slots: KVSlots, dtype: torch.dtype) -> Tensor:
+        """The mask for the begun decode step of an LLM whose layers are all of one kind."""
+        (kind,) = self._kinds
+        return self._mask(slots, kind, dtype)
 
     def _mask(self, slots: KVSlots, kind: str, dtype: torch.dtype) -> Tensor:
         mask = slots.decode_mask(self._window if kind == _SLIDING else None)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,23 +26,26 @@ from model.encoder import length_mask
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import token_budget
 from model.transcription import Transcriber, identify_language
-from server.engine.decoding import GREEDY, Decoding
+from server.engine.decoder_pass import choose_pass
+from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Heard, Plan, StartReport
-from server.engine.kv_slots import DecodeMasks, KVSlots, layer_shapes, plan_slots
+from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.sampling import TokenSampler, choose_tokens
+from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
 from server.log import structured
 from server.transcription import Word
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from model.modeling import EmbeddedAudio
-    from server.engine.decoding import Token
+    from server.engine.decoder_pass import DecoderPass
+    from server.engine.decoding import Candidates
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +56,11 @@ _CPU_KV_BYTES = 2 << 30
 _CUDA_KV_SHARE = 0.6  # of what the weights leave; activations need the rest
 _WARM_UP_S = (1.0, 3.0)  # clips of different length, so that padding is exercised too
 _WARM_UP_STEPS = 2
+
+
+def use_cpu_threads(count: int) -> None:
+    """Let torch work with so many threads for the calling one; 0 takes all cores there are."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +86,12 @@ class SpeechRunner:
     """Implements `Runner` on a transcriber's model. Called from one thread."""
 
     def __init__(
-        self, transcriber: Transcriber, *, max_slots: int, kv_cache_bytes: int | None = None
+        self,
+        transcriber: Transcriber,
+        *,
+        max_slots: int,
+        kv_cache_bytes: int | None = None,
+        make_pass: Callable[[PreTrainedModel], DecoderPass] = choose_pass,
     ) -> None:
         """Allocate the KV slots.
 
@@ -85,6 +100,7 @@ class SpeechRunner:
             max_slots: most sequences that will run together.
             kv_cache_bytes: memory for keys and values; None takes 60 % of what is free on a CUDA
                 device, and up to 2 GiB on a CPU.
+            make_pass: how its decode steps go through the LLM.
 
         Raises:
             ValueError: the LLM is none that the engine can run, or not one slot fits.
@@ -93,9 +109,10 @@ class SpeechRunner:
         self._config, self._device = transcriber.config, transcriber.device
         self._llm: PreTrainedModel = self._model.llm
         _require_arguments(self._llm)
-        self._masks = DecodeMasks(self._llm.config)
+        self._decode = make_pass(self._llm)
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id
+        self._token_bytes = TokenBytes(self._processor.tokenizer)
         plan = plan_slots(
             layer_shapes(self._llm),
             self._llm.dtype,
@@ -113,7 +130,7 @@ class SpeechRunner:
         )
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - what one runner needs
         cls,
         model: str,
         device: str,
@@ -121,6 +138,7 @@ class SpeechRunner:
         *,
         max_slots: int,
         kv_cache_bytes: int | None = None,
+        cuda_graphs: bool = False,
     ) -> SpeechRunner:
         """Load a checkpoint.
 
@@ -129,12 +147,24 @@ class SpeechRunner:
         """
         disable_progress_bar()  # a server's stderr is a log
         transcriber = Transcriber.from_pretrained(model, device, dtype)
-        return cls(transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes)
+        make_pass = partial(choose_pass, cuda_graphs=cuda_graphs)
+        return cls(
+            transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes, make_pass=make_pass
+        )
 
     @property
     def max_audio_s(self) -> float:
         """Longest clip, seconds."""
         return float(self._config.max_audio_s)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
+        return tuple(self._config.languages or ())
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to a text, in UTF-8; safe beside the device's thread."""
+        return [self._token_bytes(token_id) for token_id in token_ids]
 
     @property
     def window_s(self) -> float:
@@ -222,7 +252,7 @@ class SpeechRunner:
         ends = [len(plan.input_ids) - 1 for plan in plans]
         self._slots.join(ends)
         self._rows += [
-            _Row(end + 1, embeds[row, end], int(positions[end]) - end, TokenSampler(plan.decoding))
+            _Row(end + 1, embeds[row, end], int(positions[end]) - end, self._sampler(plan.decoding))
             for row, (end, positions, plan) in enumerate(
                 zip(ends, position_ids.tolist(), plans, strict=True)
             )
@@ -257,27 +287,34 @@ class SpeechRunner:
         )
 
     @torch.inference_mode()
-    def step(self, rows: slice) -> list[Token | None]:
-        """Give each of `rows` its next token; None where the model's logits are not finite.
+    def step(self, rows: slice) -> list[Token | Candidates | None]:
+        """Give each of `rows` its next token, or, in a beam search, the candidates for it.
 
-        A failure leaves the rows as they were.
+        A failure leaves the rows as they were. None where the model's logits are not finite.
         """
         active = self._rows[rows]
         embeds = self._next_embeds(active)
         position_ids = self._slots.begin_decode(rows)
         offsets = torch.tensor([row.position_offset for row in active], device=self._device)
-        logits = self._llm(
-            inputs_embeds=embeds,
-            attention_mask=self._masks.build(self._slots, embeds.dtype),
-            position_ids=position_ids + offsets[:, None],
-            past_key_values=self._slots,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = self._decode(embeds, position_ids + offsets[:, None], self._slots)
         tokens = choose_tokens(logits, [row.sampler for row in active])
         self._slots.advance(rows)
         for row, token in zip(active, tokens, strict=True):
-            row.next_id = None if token is None else token.id
+            row.next_id = token.id if isinstance(token, Token) else None
         return tokens
+
+    @torch.inference_mode()
+    def branch(self, rows: Sequence[int], parents: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Let each of `rows` go on as the row `parents[i]` is, with a token.
+
+        Rows behind the used ones, without a gap, are taken into use.
+        """
+        states = [self._rows[parent] for parent in parents]
+        self._slots.branch(rows, parents, shared_len=states[0].prompt_tokens)
+        self._rows += states[: max(0, max(rows) + 1 - len(self._rows))]
+        for row, state, token_id in zip(rows, states, token_ids, strict=True):
+            sampler = state.sampler.branch(token_id)
+            self._rows[row] = replace(state, sampler=sampler, next_id=token_id)
 
     def _next_embeds(self, active: Sequence[_Row]) -> Tensor:
         """(R, 1, D) of the tokens to feed."""
@@ -295,7 +332,10 @@ class SpeechRunner:
         state.next_id = None
         decoding = state.sampler.decoding
         penalty = max(decoding.repetition_penalty, repetition_penalty)
-        state.sampler = TokenSampler(replace(decoding, repetition_penalty=penalty))
+        state.sampler = self._sampler(replace(decoding, repetition_penalty=penalty))
+
+    def _sampler(self, decoding: Decoding) -> TokenSampler:
+        return TokenSampler(decoding, len(self.stop_ids))
 
     def release(self, row: int, *, failed: bool = False) -> None:
         """Free a row; the last one takes its place. What a `failed` one holds is wiped."""

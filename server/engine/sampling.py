@@ -5,11 +5,13 @@ Axis legend: R rows, V vocabulary.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
 
-from server.engine.decoding import Decoding, Token
+from server.engine.beams import candidates_per_beam
+from server.engine.decoding import Candidates, Decoding, Token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 class TokenSampler:
     """Chooses the tokens of one sequence. Its randomness is its own, so a batch changes none."""
 
-    def __init__(self, decoding: Decoding) -> None:
-        """Begin a sequence."""
+    def __init__(self, decoding: Decoding, n_stop_ids: int = 1) -> None:
+        """Begin a sequence of an LLM that has so many end tokens."""
         self.decoding = decoding
+        self.n_candidates = candidates_per_beam(decoding.num_beams, n_stop_ids)
         self._generated: set[int] = set()
         self._generator: torch.Generator | None = None
         if decoding.temperature > 0:
@@ -36,9 +39,15 @@ class TokenSampler:
         """Count a chosen token as generated."""
         self._generated.add(token_id)
 
+    def branch(self, token_id: int) -> TokenSampler:
+        """Return the sampler of a beam that goes on from this one's with a token."""
+        child = copy(self)
+        child._generated = {*self._generated, token_id}
+        return child
+
     def choose(self, logits: Tensor) -> Token:
         """Choose from one row of logits (V,)."""
-        scores = self._penalise(logits.float())
+        scores = self.penalise(logits.float())
         if self._generator is None:
             token_id = int(scores.argmax())
         else:
@@ -48,8 +57,11 @@ class TokenSampler:
             logprob = float(logits.float().log_softmax(-1)[token_id])
         return Token(token_id, logprob)
 
-    def _penalise(self, scores: Tensor) -> Tensor:
-        """Source: CTRL, arXiv 1909.05858, in transformers' form."""
+    def penalise(self, scores: Tensor) -> Tensor:
+        """Apply the repetition penalty to one row of logits or log-probabilities (V,).
+
+        Source: CTRL, arXiv 1909.05858, in transformers' form.
+        """
         penalty = self.decoding.repetition_penalty
         if penalty == 1 or not self._generated:
             return scores
@@ -74,23 +86,52 @@ class TokenSampler:
         return index if ids is None else int(ids[index])
 
 
-def choose_tokens(logits: Tensor, samplers: Sequence[TokenSampler]) -> list[Token | None]:
-    """Choose every row's next token; None where a row's logits are not finite.
+def choose_tokens(
+    logits: Tensor, samplers: Sequence[TokenSampler]
+) -> list[Token | Candidates | None]:
+    """Choose every row's next token, or a beam's candidates.
 
     Args:
         logits: (R, V), in the model's dtype.
         samplers: one a row.
+
+    Returns:
+        One a row; None where its logits are not finite.
     """
     # One transfer to the host for all rows; a NaN is the maximum of its row.
     best, ids = logits.max(-1)
     plain = ids.tolist()
     is_finite = best.isfinite().tolist()
-    tokens: list[Token | None] = []
+    beams = [row for row, sampler in enumerate(samplers) if sampler.decoding.num_beams > 1]
+    candidates = _rank(logits, beams, samplers) if beams else {}
+    chosen: list[Token | Candidates | None] = []
     for row, sampler in enumerate(samplers):
         if not is_finite[row]:
-            tokens.append(None)
-            continue
-        token = Token(plain[row]) if sampler.decoding.is_plain else sampler.choose(logits[row])
-        sampler.note(token.id)
-        tokens.append(token)
-    return tokens
+            chosen.append(None)
+        elif row in candidates:
+            chosen.append(candidates[row])
+        else:
+            is_plain = sampler.decoding.is_plain
+            token = Token(plain[row]) if is_plain else sampler.choose(logits[row])
+            sampler.note(token.id)
+            chosen.append(token)
+    return chosen
+
+
+def _rank(
+    logits: Tensor, rows: Sequence[int], samplers: Sequence[TokenSampler]
+) -> dict[int, Candidates]:
+    """Candidates of each beam's row. As in transformers, log-probabilities are penalised."""
+    logprobs = logits[rows].float().log_softmax(-1)
+    scores = logprobs
+    if any(samplers[row].decoding.repetition_penalty != 1 for row in rows):
+        scores = torch.stack(
+            [samplers[row].penalise(each) for row, each in zip(rows, logprobs, strict=True)]
+        )
+    count = min(max(samplers[row].n_candidates for row in rows), logits.shape[-1])
+    top, ids = scores.topk(count)
+    columns = zip(rows, ids.tolist(), top.tolist(), logprobs.gather(-1, ids).tolist(), strict=True)
+    return {
+        row: Candidates(tuple(token_ids), tuple(values), tuple(plain))
+        for row, token_ids, values, plain in columns
+    }

@@ -23,7 +23,7 @@ class ScheduleLimits:
     """What an iteration may start. The first three have the meaning that they have in Triton.
 
     Attributes:
-        max_batch_size: most requests that run together.
+        max_batch_size: most sequences that run together; every beam of a request is one.
         max_wait_s: longest that a request waits for others to start with it; 0 takes what is there.
         preferred_batch_sizes: sizes of which the largest that can be formed is started at once.
         max_batch_audio_s: most seconds of audio encoded together, padding included; a longer clip
@@ -40,12 +40,16 @@ class ScheduleLimits:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that has not started. Times are seconds on one clock."""
+    """A request that has not started. Times are seconds on one clock.
+
+    `places` is how many of `max_batch_size` it will hold; not more than there are.
+    """
 
     id: int
     arrived_s: float
     audio_s: float
     deadline_s: float | None = None
+    places: int = 1
 
     @property
     def turn_s(self) -> float:
@@ -57,10 +61,11 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A request that has started."""
+    """A request that has started, and the places that it holds until it ends."""
 
     id: int
     deadline_s: float | None = None
+    places: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +92,23 @@ def decide(
     """Choose what starts and what is given up.
 
     The request whose turn is first belongs to every batch that starts; others join in the order of
-    their turns while the limits hold, and one too long for this batch lets shorter ones pass.
+    their turns while the limits hold, and one too long for this batch lets shorter ones pass. While
+    there are too few places for the first, nobody starts, or it might wait for ever.
 
     Args:
         waiting: what has not started, in any order.
-        running: what has; each holds one of `max_batch_size` places until it ends.
+        running: what has.
         now_s: the time.
         limits: of an iteration.
     """
     requests: list[Waiting | Running] = [*waiting, *running]
     expired = tuple(each.id for each in requests if _is_late(each, now_s))
     live = [each for each in waiting if not _is_late(each, now_s)]
-    n_running = sum(not _is_late(each, now_s) for each in running)
-    room = limits.max_batch_size - n_running
-    if not live or room <= 0:
-        return Decision(expired=expired, wake_s=_next_deadline_s(live))
+    held = sum(each.places for each in running if not _is_late(each, now_s))
+    room = limits.max_batch_size - held
     in_turn = sorted(live, key=lambda each: (each.turn_s, each.id))
+    if not live or room < in_turn[0].places:
+        return Decision(expired=expired, wake_s=_next_deadline_s(live))
     batch, is_full = _fill(in_turn, room, limits)
     closes_s = min(each.arrived_s for each in live) + limits.max_wait_s
     size = _size_to_start(len(batch), limits, may_wait=now_s < closes_s and not is_full)
@@ -126,18 +132,20 @@ def _fill(
 ) -> tuple[list[Waiting], bool]:
     """Gather the first request's batch; full means that waiting could not add to it."""
     batch = [in_turn[0]]
+    room -= in_turn[0].places
     longest_s = max(in_turn[0].audio_s, limits.window_s)
     is_full = longest_s >= limits.max_batch_audio_s
     for candidate in in_turn[1:]:
-        if len(batch) == room:
+        if not room:
             break
         padded_s = max(longest_s, candidate.audio_s) * (len(batch) + 1)
-        if padded_s > limits.max_batch_audio_s:
+        if padded_s > limits.max_batch_audio_s or candidate.places > room:
             is_full = True
             continue
         batch.append(candidate)
+        room -= candidate.places
         longest_s = max(longest_s, candidate.audio_s)
-    return batch, is_full or len(batch) == room
+    return batch, is_full or not room
 
 
 def _size_to_start(available: int, limits: ScheduleLimits, *, may_wait: bool) -> int:

@@ -81,6 +81,17 @@ def wait_until_ready(server, client):
 
 
 @pytest.fixture(scope="session")
+def open_server(tiny_checkpoint):
+    """A server that asks for no keys, and a client; shared, so tests leave it as it was."""
+    # A loaded machine must not look like a fault of the server's.
+    with serve(
+        "--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1",
+        "--decode-timeout-s", "120",
+    ) as (process, client):  # fmt: skip
+        yield process, client
+
+
+@pytest.fixture(scope="session")
 def start_server():
     return serve
 

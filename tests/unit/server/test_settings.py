@@ -20,6 +20,8 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
         ("port", 70_000), ("max_batch_size", 0), ("max_wait_ms", -1), ("dtype", "int3"),
         ("kv_cache_mib", -1), ("max_queue_audio_s", 0), ("preferred_batch_sizes", "4,0"),
         ("preferred_batch_sizes", "four"), ("nope", 1),
+        ("cors_origins", "example.org"), ("cors_origins", "https://a.org/path"),
+        ("key_max_concurrency", -1), ("key_audio_s_per_minute", -1),
     ],
 )  # fmt: skip
 def test_a_value_out_of_bounds_is_refused(name, value):
@@ -36,3 +38,21 @@ def test_every_field_says_what_it_is():
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
+
+
+def test_keys_do_not_show_when_settings_are_printed():
+    assert "a-key-of-16-chars" not in repr(Settings(api_keys="a-key-of-16-chars"))
+
+
+def test_a_model_goes_by_its_folders_name_unless_it_is_given_one(tmp_path):
+    (tmp_path / "mongolian").mkdir()
+    assert Settings(model=str(tmp_path / "mongolian")).served_name == "mongolian"
+    assert Settings(model="someone/speech-llm").served_name == "someone/speech-llm"
+    assert Settings(model="someone/speech-llm", model_name="asr").served_name == "asr"
+
+
+def test_origins_and_aliases_are_between_commas():
+    settings = Settings(cors_origins="https://a.org, http://localhost:3000", model_aliases="a,b")
+    assert settings.origins == ("https://a.org", "http://localhost:3000")
+    assert settings.aliases == ("a", "b")
+    assert Settings().origins == ()

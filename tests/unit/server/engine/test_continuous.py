@@ -5,23 +5,26 @@ import threading
 import time
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 
 from model.transcription import Transcriber
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
-from server.engine.interface import EngineRequest
+from server.engine.decoding import Decoding
+from server.engine.interface import ALL_GUARDS, NO_GUARDS, EngineRequest
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from server.errors import (
     DeadlineExceededError,
     InferenceFailedError,
+    InvalidRequestError,
     NotReadyError,
     QueueFullError,
     ShuttingDownError,
 )
 from tests.faulty_runner import START_POISON, FaultyRunner, poisoned
-from tests.speech_models import generate_alone, noise
+from tests.speech_models import generate_alone, noise, search_alone
 
 pytestmark = pytest.mark.anyio
 
@@ -46,7 +49,8 @@ def request(waveform, **fields):
 def make_engine(load, limits=None, *, max_requests=8, max_audio_s=100.0, **options):
     limits = limits or ScheduleLimits(max_batch_size=4)
     admission = Admission(max_requests=max_requests, max_audio_s=max_audio_s)
-    return ContinuousEngine(load, limits, admission, guards_loops=False, **options)
+    options = {"guards": NO_GUARDS, **options}
+    return ContinuousEngine(load, limits, admission, **options)
 
 
 @asynccontextmanager
@@ -125,6 +129,30 @@ async def test_a_request_that_is_cancelled_while_it_waits_never_starts(runner):
         await held
         await until(lambda: engine.stats().queued == 0)
         assert runner.started == [1]
+
+
+async def test_silence_is_answered_and_says_nothing_of_the_rate_of_work(runner):
+    async with running(runner, guards=ALL_GUARDS) as engine:
+        result = await engine.submit(request(np.zeros(16_000, np.float32)))
+        assert (result.text, result.finish_reason, result.batch_size) == ("", "stop", 0)
+        assert engine.stats().rtfx is None
+        assert runner.steps == 0
+
+
+async def test_beams_are_searched_beside_others_and_more_than_there_are_slots_refused(tiny, runner):
+    async with running(runner) as engine:
+        plain, search = await asyncio.gather(
+            engine.submit(request(CLIPS[1])),
+            engine.submit(request(CLIPS[3], decoding=Decoding(num_beams=3, n_best=2))),
+        )
+        assert list(plain.token_ids) == generate_alone(tiny, CLIPS[1])
+        expected = search_alone(tiny, CLIPS[3], 3)
+        assert list(search.token_ids) == expected[0][0]
+        assert [each.score for each in search.hypotheses] == pytest.approx(
+            [score for _, score in expected[:2]], abs=1e-4
+        )
+        with pytest.raises(InvalidRequestError, match="num_beams"):
+            await engine.submit(request(CLIPS[3], decoding=Decoding(num_beams=5)))
 
 
 async def test_a_full_queue_refuses_before_decoding_and_says_when_to_come_back(runner):

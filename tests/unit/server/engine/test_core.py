@@ -13,14 +13,21 @@ from model.transcription import Transcriber
 from server.engine.core import EngineCore
 from server.engine.decoding import Decoding, Token
 from server.engine.generation import LOOP_RETRY_PENALTY, RepetitionDetector
-from server.engine.interface import EngineRequest, EngineResult
+from server.engine.interface import (
+    ALL_GUARDS,
+    NO_GUARDS,
+    EngineRequest,
+    EngineResult,
+    Guards,
+)
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from server.errors import DeadlineExceededError, InferenceFailedError, InvalidRequestError
 from tests.conftest import REPOSITORY, make_tiny_checkpoint
 from tests.faulty_runner import START_POISON, STEP_POISON, FaultyRunner, poisoned
-from tests.speech_models import FAMILIES, generate_alone, make_speech_model, noise
+from tests.speech_models import FAMILIES, generate_alone, make_speech_model, noise, search_alone
 
+NO_LOOP_GUARD = Guards(loops=False, silence=True)
 LIMITS = ScheduleLimits(max_batch_size=4, max_batch_audio_s=12.0)
 CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.3, 2.9, 1.1, 4.0, 0.7))]
 
@@ -38,7 +45,7 @@ class Bench:
     def __init__(self, runner, limits=LIMITS, **options):
         self.clock = Clock()
         self.reports = []
-        options = {"guards_loops": False, "on_iteration": self.reports.append, **options}
+        options = {"guards": NO_LOOP_GUARD, "on_iteration": self.reports.append, **options}
         self.core = EngineCore(runner, limits, clock=self.clock, **options)
         self.keys = itertools.count()
         self.answers = {}
@@ -89,25 +96,26 @@ def runner(tiny):
 @pytest.fixture(scope="module", params=["qwen2", "llama", "gpt2", "gemma"])
 def family(request, tmp_path_factory):
     transcriber = make_speech_model(tmp_path_factory.mktemp("family") / "model", request.param)
-    runner = SpeechRunner(transcriber, max_slots=3)
+    runner = SpeechRunner(transcriber, max_slots=4)
 
     @functools.cache
     def expected(clip, prompt, decoding):
         """What the request says alone: by `generate` if it is greedy, else by an engine of one."""
+        options = {
+            "prompt": prompt,
+            "max_tokens": decoding.max_tokens,
+            "penalty": decoding.repetition_penalty,
+        }
+        if decoding.num_beams > 1:
+            return search_alone(transcriber, CLIPS[clip], decoding.num_beams, **options)[0][0]
         if decoding.temperature == 0:
-            return generate_alone(
-                transcriber,
-                CLIPS[clip],
-                prompt=prompt,
-                max_tokens=decoding.max_tokens,
-                penalty=decoding.repetition_penalty,
-            )
+            return generate_alone(transcriber, CLIPS[clip], **options)
         bench = Bench(runner)
         key = bench.submit(CLIPS[clip], prompt=prompt, decoding=decoding)
         bench.finish()
         return list(bench.answers[key].token_ids)
 
-    return runner, expected
+    return runner, expected, transcriber
 
 
 decodings = st.one_of(
@@ -123,6 +131,12 @@ decodings = st.one_of(
         temperature=st.sampled_from([0.5, 1.0]),
         top_p=st.sampled_from([1.0, 0.8]),
         seed=st.integers(0, 2),
+    ),
+    st.builds(
+        Decoding,
+        num_beams=st.integers(2, 4),
+        max_tokens=st.none() | st.integers(1, 6),
+        repetition_penalty=st.sampled_from([1.0, 1.5]),
     ),
 )
 events = st.lists(
@@ -144,7 +158,7 @@ events = st.lists(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(events)
 def test_every_request_says_what_it_says_alone_whatever_comes_and_goes(family, drawn):
-    runner, expected = family
+    runner, expected, _ = family
     bench = Bench(runner)
     wanted, cancelled = {}, set()
     for event, *details in drawn:
@@ -188,8 +202,17 @@ def test_the_default_checkpoint_says_what_generate_says(shared_data):
         keys.append(bench.submit(clip))
         bench.iterate()
     bench.finish()
+    beams = Decoding(num_beams=3, n_best=3)
+    searches = [bench.submit(clip, decoding=beams) for clip in clips[:4]]
+    bench.finish()
     for key, clip in zip(keys, clips, strict=True):
         assert list(bench.answers[key].token_ids) == generate_alone(transcriber, clip)
+    for key, clip in zip(searches, clips, strict=False):
+        expected = search_alone(transcriber, clip, 3)
+        assert list(bench.answers[key].token_ids) == expected[0][0]
+        assert [each.score for each in bench.answers[key].hypotheses] == pytest.approx(
+            [score for _, score in expected], abs=1e-4
+        )
 
 
 def test_a_result_tells_how_it_came_about(runner):
@@ -362,7 +385,7 @@ def test_a_loop_is_retried_under_a_penalty_and_cut_where_that_does_not_help(
         cut_at_loop(generate_alone(model, clip, penalty=LOOP_RETRY_PENALTY)) for clip in clips
     ]
     assert any(not loops for _, loops in expected) == helps
-    bench = Bench(SpeechRunner(model, max_slots=2), guards_loops=True)
+    bench = Bench(SpeechRunner(model, max_slots=2), guards=ALL_GUARDS)
     keys = [bench.submit(clip) for clip in clips]
     bench.finish()
     for key, (ids, loops) in zip(keys, expected, strict=True):
@@ -373,9 +396,127 @@ def test_a_loop_is_retried_under_a_penalty_and_cut_where_that_does_not_help(
 
 def test_an_answer_that_somebody_listens_to_is_cut_at_its_first_loop(tmp_path):
     model = make_talkative(tmp_path, 0.05)
-    bench = Bench(SpeechRunner(model, max_slots=1), guards_loops=True)
+    bench = Bench(SpeechRunner(model, max_slots=1), guards=ALL_GUARDS)
     key = bench.submit(noise(2.0), on_piece=lambda _piece: None)
     bench.finish()
     assert bench.answers[key].finish_reason == "loop"
     assert list(bench.answers[key].token_ids) == cut_at_loop(generate_alone(model, noise(2.0)))[0]
     assert bench.pieces[key][-1].finish_reason == "loop"
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@pytest.mark.parametrize("num_beams", [2, 3, 4])
+def test_beam_search_gives_generate_s_answers_and_scores_beside_others(family, num_beams, penalty):
+    runner, _, transcriber = family
+    bench = Bench(runner)
+    greedy = bench.submit(CLIPS[4])
+    bench.iterate()
+    decoding = Decoding(num_beams=num_beams, n_best=num_beams, repetition_penalty=penalty)
+    keys = [bench.submit(clip, decoding=decoding) for clip in CLIPS[:4]]
+    bench.finish()
+    assert list(bench.answers[greedy].token_ids) == generate_alone(transcriber, CLIPS[4])
+    for key, clip in zip(keys, CLIPS, strict=False):
+        expected = search_alone(transcriber, clip, num_beams, penalty=penalty)
+        result = bench.answers[key]
+        assert list(result.token_ids) == expected[0][0]
+        assert [each.text for each in result.hypotheses] == [runner.text(i) for i, _ in expected]
+        assert [each.score for each in result.hypotheses] == pytest.approx(
+            [score for _, score in expected], abs=1e-4
+        )
+        assert result.hypotheses[0].text == result.text
+
+
+def test_silence_is_answered_at_once_with_nothing_and_without_the_model(runner):
+    faulty = FaultyRunner(runner)
+    faulty.is_broken = True
+    bench = Bench(faulty)
+    silence = np.zeros(16_000, np.float32)
+    plain = bench.submit(silence)
+    heard = bench.submit(silence, on_piece=lambda _piece: None, decoding=Decoding(logprobs=True))
+    searched = bench.submit(silence, decoding=Decoding(num_beams=2, n_best=2))
+    bench.iterate()
+    for key in (plain, heard, searched):
+        result = bench.answers[key]
+        assert (result.text, result.finish_reason, result.token_ids) == ("", "stop", ())
+    assert bench.answers[heard].logprobs == ()
+    assert [each.text for each in bench.answers[searched].hypotheses] == [""]
+    assert not bench.pieces
+    assert bench.ended() == {"stop": 3}
+    assert bench.core.idle_s() is None
+
+
+def test_without_the_gate_silence_goes_through_the_model(tiny, runner):
+    bench = Bench(runner, guards=NO_GUARDS)
+    silence = np.zeros(16_000, np.float32)
+    key = bench.submit(silence)
+    bench.finish()
+    assert list(bench.answers[key].token_ids) == generate_alone(tiny, silence)
+
+
+def test_the_end_of_a_beam_search_is_told_by_its_best_answer(tiny, runner):
+    bench = Bench(runner)
+    capped = bench.submit(CLIPS[3], decoding=Decoding(num_beams=2, max_tokens=2, logprobs=True))
+    bench.finish()
+    result = bench.answers[capped]
+    (ids, score), _ = search_alone(tiny, CLIPS[3], 2, max_tokens=2)
+    assert (result.finish_reason, list(result.token_ids)) == ("length", ids)
+    assert sum(result.logprobs) / 2 == pytest.approx(score, abs=1e-4)
+    assert result.hypotheses == ()
+
+
+def test_beams_hold_their_slots_from_start_to_end(runner):
+    bench = Bench(runner)
+    search = bench.submit(CLIPS[3], decoding=Decoding(num_beams=3))
+    bench.iterate()
+    held = [bench.submit(CLIPS[3]) for _ in range(2)]
+    for _ in range(3):
+        bench.iterate()
+    assert (bench.core.running, bench.core.waiting) == (2, 1)
+    assert [report.decoded_rows for report in bench.reports] == [1, 4, 4, 4]
+    bench.core.cancel(search)
+    bench.iterate()
+    assert (bench.core.running, bench.core.waiting) == (2, 0)
+    bench.finish()
+    assert bench.answers.keys() == set(held)
+
+
+def test_more_beams_than_slots_are_refused_at_once(runner):
+    bench = Bench(runner)
+    key = bench.submit(CLIPS[3], decoding=Decoding(num_beams=5))
+    assert bench.core.idle_s() == 0
+    bench.iterate()
+    assert isinstance(bench.answers[key], InvalidRequestError)
+    assert bench.answers[key].param == "num_beams"
+    assert bench.core.idle_s() is None
+
+
+def test_a_beam_search_is_not_streamed():
+    with pytest.raises(InvalidRequestError, match="cannot be streamed") as refusal:
+        EngineRequest("0", CLIPS[0], 1.0, decoding=Decoding(num_beams=2), on_piece=print)
+    assert refusal.value.param == "num_beams"
+
+
+@pytest.mark.parametrize("mark", [START_POISON, STEP_POISON, np.nan])
+def test_a_beam_search_that_the_model_fails_on_fails_alone(tiny, runner, mark):
+    bench = Bench(FaultyRunner(runner))
+    beams = Decoding(num_beams=2)
+    guilty = bench.submit(poisoned(CLIPS[1], mark), decoding=beams)
+    other = bench.submit(CLIPS[3], decoding=beams)
+    bench.finish()
+    assert isinstance(bench.answers[guilty], InferenceFailedError)
+    assert list(bench.answers[other].token_ids) == search_alone(tiny, CLIPS[3], 2)[0][0]
+    assert (bench.core.running, bench.ended()["failed"]) == (0, 1)
+
+
+def test_a_beam_search_that_loops_is_repeated_under_the_penalty_and_cut(tmp_path):
+    model = make_talkative(tmp_path, 0.05)
+    clip = noise(2.0)
+    assert cut_at_loop(search_alone(model, clip, 2)[0][0])[1]
+    expected, loops = cut_at_loop(search_alone(model, clip, 2, penalty=LOOP_RETRY_PENALTY)[0][0])
+    bench = Bench(SpeechRunner(model, max_slots=3), guards=ALL_GUARDS)
+    other = bench.submit(clip)
+    key = bench.submit(clip, decoding=Decoding(num_beams=2))
+    bench.finish()
+    assert list(bench.answers[key].token_ids) == expected
+    assert (bench.answers[key].finish_reason == "loop") == loops
+    assert isinstance(bench.answers[other], EngineResult)

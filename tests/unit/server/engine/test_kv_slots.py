@@ -63,7 +63,7 @@ def test_every_row_attends_to_its_own_tokens_whatever_joins_and_leaves(data):
     slots = make_slots(4)
     rows, fresh = [], iter(range(1, 10**6))
     for _ in range(data.draw(st.integers(1, 25))):
-        action = data.draw(st.sampled_from(["join", "step", "leave", "rewind"]))
+        action = data.draw(st.sampled_from(["join", "step", "leave", "rewind", "branch"]))
         if action == "join" and slots.free:
             lens = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=slots.free))
             prompts = [[float(next(fresh)) for _ in range(length)] for length in lens]
@@ -83,6 +83,21 @@ def test_every_row_attends_to_its_own_tokens_whatever_joins_and_leaves(data):
             length = data.draw(st.integers(1, len(rows[row])))
             slots.rewind(row, length)
             rows[row] = rows[row][:length]
+        elif action == "branch" and rows:
+            # Beams of one prompt: equally long rows that share a beginning, and free ones.
+            first = data.draw(st.integers(0, len(rows) - 1))
+            alike = [row for row in range(len(rows)) if rows[row][:1] == rows[first][:1]]
+            alike = [row for row in alike if len(rows[row]) == len(rows[first])]
+            targets = data.draw(st.lists(st.sampled_from(alike), unique=True))
+            free = range(len(rows), len(rows) + data.draw(st.integers(0, slots.free)))
+            targets += free
+            if targets:
+                parents = [data.draw(st.sampled_from(alike)) for _ in targets]
+                slots.branch(targets, parents, shared_len=1)
+                old = [list(row) for row in rows]
+                rows += [[] for _ in free]
+                for target, parent in zip(targets, parents, strict=True):
+                    rows[target] = list(old[parent])
         assert slots.lens == tuple(map(len, rows))
         assert slots.free == 4 - len(rows)
 

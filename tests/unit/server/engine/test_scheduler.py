@@ -1,5 +1,6 @@
 """The policy, by examples and by simulation under arbitrary loads."""
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import pytest
@@ -100,6 +101,21 @@ def test_a_clip_longer_than_the_budget_goes_alone_and_at_once():
     assert decide(queue_of(90), [], 0.0, WAIT).start == (0,)
 
 
+def test_a_request_takes_as_many_places_as_it_needs():
+    wide = [Waiting(0, 0.0, 1.0, places=3), Waiting(1, 0.1, 1.0), Waiting(2, 0.2, 1.0)]
+    assert decide(wide, [], 0.2, NO_WAIT).start == (0, 1)
+    assert decide(wide, [Running(9)], 0.2, NO_WAIT).start == (0,)
+    assert decide(wide[1:], [Running(9, places=3)], 0.2, NO_WAIT).start == (1,)
+
+
+def test_nobody_takes_the_places_that_the_first_in_turn_waits_for():
+    wide = [Waiting(0, 0.0, 1.0, places=3), Waiting(1, 0.1, 1.0)]
+    assert decide(wide, running(2), 0.2, NO_WAIT).start == ()
+    # One that is not the first lets narrower ones pass.
+    behind = [Waiting(0, 0.0, 1.0), Waiting(1, 0.1, 1.0, places=4), Waiting(2, 0.2, 1.0)]
+    assert decide(behind, [], 0.2, NO_WAIT).start == (0, 2)
+
+
 def test_what_is_late_is_given_up_whether_it_waits_or_runs():
     queue = [Waiting(0, 0, 1, deadline_s=1.0), Waiting(1, 0, 1, deadline_s=2.0)]
     slots = [Running(2, deadline_s=0.5), Running(3, deadline_s=3.0)]
@@ -117,6 +133,7 @@ clips = st.tuples(
     st.floats(0.01, LONGEST_S),
     st.none() | st.floats(0.01, 20),  # patience
     st.integers(1, 6),  # iterations that it runs
+    st.integers(1, 8),  # places that it takes, if there are so many
 )
 limits_of_any_kind = st.builds(
     ScheduleLimits,
@@ -139,11 +156,15 @@ class Simulation:
     running: dict = field(default_factory=dict)
     left: list = field(default_factory=list)
     starts: list = field(default_factory=list)
+    places: dict = field(default_factory=dict)
 
     def iterate(self, lengths):
         decision = decide(
             self.waiting,
-            [Running(key, deadline) for key, (deadline, _) in self.running.items()],
+            [
+                Running(key, deadline, self.places[key])
+                for key, (deadline, _) in self.running.items()
+            ],
             self.now_s,
             self.limits,
         )
@@ -181,8 +202,10 @@ class Simulation:
         assert set(decision.expired) == late
         assert len(decision.expired) == len(late)
         assert not late & set(decision.start)
-        kept = len(self.running) - len(late & set(self.running))
-        assert len(set(decision.start)) == len(batch) <= self.limits.max_batch_size - kept
+        kept = sum(self.places[key] for key in set(self.running) - late)
+        assert len(set(decision.start)) == len(batch)
+        taken = sum(each.places for each in batch)
+        assert taken <= max(0, self.limits.max_batch_size - kept)
         assert [each.audio_s for each in batch] == sorted(each.audio_s for each in batch)
         if len(batch) > 1:
             longest = max(self.limits.window_s, *(each.audio_s for each in batch))
@@ -196,12 +219,13 @@ class Simulation:
 @given(st.lists(clips, max_size=25), limits_of_any_kind)
 def test_every_request_leaves_exactly_once_within_the_limits(drawn, limits):
     drawn = sorted(drawn, key=lambda clip: clip[0])
-    lengths = {key: steps for key, (_, _, _, steps) in enumerate(drawn)}
+    lengths = {key: steps for key, (_, _, _, steps, _) in enumerate(drawn)}
+    places = {key: min(each[4], limits.max_batch_size) for key, each in enumerate(drawn)}
     arrivals = [
-        Waiting(key, arrived, audio, None if patience is None else arrived + patience)
-        for key, (arrived, audio, patience, _) in enumerate(drawn)
+        Waiting(key, arrived, audio, None if patience is None else arrived + patience, places[key])
+        for key, (arrived, audio, patience, _, _) in enumerate(drawn)
     ]
-    simulation = Simulation(limits)
+    simulation = Simulation(limits, places=places)
     while arrivals or simulation.waiting or simulation.running:
         if not simulation.waiting and not simulation.running:
             simulation.now_s = max(simulation.now_s, arrivals[0].arrived_s)
@@ -213,10 +237,13 @@ def test_every_request_leaves_exactly_once_within_the_limits(drawn, limits):
 
 
 @settings(max_examples=20)  # each is a long simulation
-@given(st.floats(0.01, LONGEST_S), st.floats(0.01, 2.0), st.integers(1, 4))
-def test_no_clip_starves_under_an_endless_stream_of_short_ones(audio_s, short_s, size):
+@given(st.floats(0.01, LONGEST_S), st.floats(0.01, 2.0), st.integers(1, 4), st.sampled_from([1, 4]))
+def test_no_clip_starves_under_an_endless_stream_of_short_ones(audio_s, short_s, size, width):
     limits = ScheduleLimits(max_batch_size=size, max_batch_audio_s=LONGEST_S)
-    simulation = Simulation(limits, waiting=[Waiting(0, 0.0, audio_s)])
+    width = min(width, size)
+    places = defaultdict(lambda: 1, {0: width})
+    waiting = [Waiting(0, 0.0, audio_s, places=width)]
+    simulation = Simulation(limits, waiting=waiting, places=places)
     lengths = {0: 1}
     key = 0
     while 0 not in simulation.starts:

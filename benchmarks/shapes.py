@@ -1,0 +1,87 @@
+"""What the benchmarks run: the default checkpoint, or published shapes with random weights.
+
+Random weights say nothing sensible, but take as long as trained ones, and always as many tokens as
+they are asked for: their end token cannot be the likeliest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoTokenizer, Qwen2Config, WhisperConfig, WhisperFeatureExtractor
+
+from model.checkpoint import save_model
+from model.configuration import SpeechLLMConfig
+from model.modeling import SpeechLLMForConditionalGeneration
+from model.processing import SpeechLLMProcessor
+from model.training.tokenizer import AUDIO_TOKEN
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CHECKPOINT = ROOT / "weights" / "default"
+
+Shape = Literal["default", "small", "0.5b"]
+"""`default`: `weights/default`, trained; `small`: its shape, random; `0.5b`: the encoder of
+whisper-tiny and Qwen2.5-0.5B's shape, random."""
+
+
+def make_checkpoint(shape: Shape, folder: Path, tokens_per_audio_s: float) -> Path:
+    """Return the folder of a checkpoint of this shape, written to `folder` if it is random.
+
+    Args:
+        shape: which.
+        folder: where to write.
+        tokens_per_audio_s: that a random checkpoint says of each second; the default says what it
+            was trained to.
+    """
+    if shape == "default":
+        return DEFAULT_CHECKPOINT
+    tokenizer = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT)
+    eos = int(tokenizer.eos_token_id)
+    config = SpeechLLMConfig(
+        encoder_config=_WHISPER_TINY,
+        llm_config=_SMALL_LLM if shape == "small" else _QWEN25_05B,
+        connector={"type": "stack", "stack_size": 4},
+        encoder_mode="trimmed",
+        prompt="",
+        audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=eos,
+        max_tokens_per_audio_s=tokens_per_audio_s,
+        min_token_budget=1,
+    )
+    torch.manual_seed(0)
+    model = SpeechLLMForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        # Tied to the output layer: the end token's logit is 0, and that of a likely one above.
+        model.get_input_embeddings().weight[eos] = 0
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = eos
+    processor = SpeechLLMProcessor(
+        WhisperFeatureExtractor(feature_size=_WHISPER_TINY.num_mel_bins),
+        tokenizer,
+        connector=config.connector,
+        encoder_mode=config.encoder_mode,
+        prompt=config.prompt,
+    )
+    save_model(model, folder, processor=processor)
+    return folder
+
+
+_WHISPER_TINY = WhisperConfig(
+    d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536,
+    decoder_layers=4, decoder_attention_heads=6, decoder_ffn_dim=1536, num_mel_bins=80,
+)  # fmt: skip
+_SMALL_LLM = Qwen2Config(
+    vocab_size=1024, hidden_size=384, intermediate_size=960, num_hidden_layers=6,
+    num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=2048,
+    tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+# Source: config.json of Qwen/Qwen2.5-0.5B.
+_QWEN25_05B = Qwen2Config(
+    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32768,
+    rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, rms_norm_eps=1e-6,
+    tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip

@@ -1,0 +1,302 @@
+"""The events of `WS /v1/realtime`, in OpenAI's shapes: what clients send, and what they are sent.
+
+Source: the types of OpenAI's Python SDK, `openai/types/realtime`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import uuid
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from server import realtime
+from server.api.errors import ERROR_TABLE, UNEXPECTED
+from server.api.forms import MAX_PROMPT_CHARACTERS
+from server.audio.turns import VadOptions
+from server.errors import InvalidRequestError, ServerError
+from server.realtime import SessionConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_MAX_SILENCE_MS = 10_000
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Format(_Fields):
+    type: Literal["audio/pcm"] = "audio/pcm"
+    rate: Literal[24_000, 16_000, 8_000] = 24_000
+
+
+class _Transcription(_Fields):
+    model: str | None = None
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] | None = None
+    prompt: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)] | None = None
+
+
+class _ServerVad(_Fields):
+    type: Literal["server_vad"]
+    threshold: float = Field(0.5, ge=0, le=1)
+    prefix_padding_ms: int = Field(300, ge=0, le=_MAX_SILENCE_MS)
+    silence_duration_ms: int = Field(500, ge=0, le=_MAX_SILENCE_MS)
+    # Of sessions that also answer; clients send them along.
+    create_response: bool | None = None
+    interrupt_response: bool | None = None
+    idle_timeout_ms: None = None
+
+
+def _pcm16(value: Any) -> Any:  # noqa: ANN401 - not validated yet
+    """Take the name that the format had in earlier versions of the API."""
+    return {"type": "audio/pcm"} if value == "pcm16" else value
+
+
+class _Input(_Fields):
+    format: Annotated[_Format, BeforeValidator(_pcm16)] | None = None
+    transcription: _Transcription | None = None
+    turn_detection: _ServerVad | None = None
+    noise_reduction: None = None
+
+
+class _Audio(_Fields):
+    input: _Input = _Input()
+
+
+class _Session(_Fields):
+    type: Literal["transcription"]
+    audio: _Audio = _Audio()
+    include: Annotated[list[str], Field(max_length=0)] | None = None
+
+
+class _ClientEvent(_Fields):
+    event_id: str | None = None
+
+
+class SessionUpdate(_ClientEvent):
+    """Changes the fields that it has."""
+
+    type: Literal["session.update"]
+    session: _Session
+
+    def apply(self, config: SessionConfig, require_model: Callable[[str], None]) -> SessionConfig:
+        """Return the configuration after it.
+
+        Raises:
+            ModelUnknownError: it names another model.
+        """
+        given = self.session.audio.input
+        rate_hz = given.format.rate if given.format is not None else config.rate_hz
+        vad, prompt, language = config.vad, config.prompt, config.language
+        if "turn_detection" in given.model_fields_set:
+            vad = _vad_options(given.turn_detection)
+        if (text := given.transcription) is not None:
+            if text.model is not None:
+                require_model(text.model)
+            if "prompt" in text.model_fields_set:
+                prompt = text.prompt if (text.prompt or "").strip() else None
+            if "language" in text.model_fields_set:
+                language = text.language
+        return SessionConfig(rate_hz=rate_hz, vad=vad, prompt=prompt, language=language)
+
+
+class Append(_ClientEvent):
+    """Brings audio."""
+
+    type: Literal["input_audio_buffer.append"]
+    audio: str
+
+    def samples(self) -> bytes:
+        """Return the audio.
+
+        Raises:
+            InvalidRequestError: it is not base64.
+        """
+        try:
+            return base64.b64decode(self.audio, validate=True)
+        except binascii.Error as error:
+            raise InvalidRequestError(f"the audio is not base64: {error}", param="audio") from error
+
+
+class Commit(_ClientEvent):
+    """Ends the turn."""
+
+    type: Literal["input_audio_buffer.commit"]
+
+
+class Clear(_ClientEvent):
+    """Forgets what was not committed."""
+
+    type: Literal["input_audio_buffer.clear"]
+
+
+ClientEvent = SessionUpdate | Append | Commit | Clear
+_CLIENT_EVENTS: TypeAdapter[ClientEvent] = TypeAdapter(
+    Annotated[ClientEvent, Field(discriminator="type")]
+)
+
+
+def _vad_options(vad: _ServerVad | None) -> VadOptions | None:
+    if vad is None:
+        return None
+    return VadOptions(vad.threshold, vad.prefix_padding_ms, vad.silence_duration_ms)
+
+
+def load_message(text: str) -> dict[str, Any]:
+    """Read a text message.
+
+    Raises:
+        InvalidRequestError: it is no JSON object.
+    """
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the message is not JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise InvalidRequestError("the message is no JSON object")
+    return message
+
+
+def parse_event(message: dict[str, Any]) -> ClientEvent:
+    """Check a message.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    try:
+        return _CLIENT_EVENTS.validate_python(message)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        if fault["type"] == "union_tag_invalid":
+            raise InvalidRequestError(
+                f"the event type {str(message.get('type'))[:100]!r} is none that a transcription "
+                f"session takes: {fault['ctx']['expected_tags']}",
+                param="type",
+            ) from error
+        names = [str(each) for each in fault["loc"] if each != message.get("type")]
+        param = ".".join(names) or "type"
+        raise InvalidRequestError(f"{param}: {fault['msg']}", param=param) from error
+
+
+def session_event(
+    kind: str, session_id: str, config: SessionConfig, *, model: str, expires_at: int
+) -> dict[str, Any]:
+    """Return `session.created` or `session.updated`, with the whole configuration."""
+    vad = config.vad
+    turn_detection = vad and {
+        "type": "server_vad",
+        "threshold": vad.threshold,
+        "prefix_padding_ms": vad.prefix_padding_ms,
+        "silence_duration_ms": vad.silence_duration_ms,
+    }
+    session = {
+        "id": session_id,
+        "object": "realtime.transcription_session",
+        "type": "transcription",
+        "expires_at": expires_at,
+        "audio": {
+            "input": {
+                "format": {"type": "audio/pcm", "rate": config.rate_hz},
+                "transcription": {
+                    "model": model,
+                    "language": config.language,
+                    "prompt": config.prompt,
+                },
+                "noise_reduction": None,
+                "turn_detection": turn_detection,
+            }
+        },
+        "include": None,
+    }
+    return _event(kind, session=session)
+
+
+def error_event(error: ServerError, event_id: str | None = None) -> dict[str, Any]:
+    """Return the `error` for a client's event."""
+    detail = {**error_detail(error), "event_id": event_id}
+    return _event("error", error=detail)
+
+
+def error_detail(error: ServerError) -> dict[str, Any]:
+    """Return what went wrong."""
+    kind = ERROR_TABLE.get(type(error), UNEXPECTED)
+    return {
+        "type": kind.type,
+        "code": kind.code,
+        "message": error.message,
+        "param": error.param,
+    }
+
+
+def ending_event(code: str, message: str) -> dict[str, Any]:
+    """Return the `error` that says why a session ends."""
+    detail = {"type": "invalid_request_error", "code": code, "message": message, "param": None}
+    return _event("error", error={**detail, "event_id": None})
+
+
+def server_events(event: realtime.SessionEvent) -> list[dict[str, Any]]:
+    """Return what a client is told of an event of its session."""
+    match event:
+        case realtime.Committed():
+            return _committed_events(event)
+        case realtime.Completed():
+            return _completed_events(event)
+        case realtime.SpeechStarted(item_id, start_ms):
+            kind = "input_audio_buffer.speech_started"
+            told = _event(kind, item_id=item_id, audio_start_ms=start_ms)
+        case realtime.SpeechStopped(item_id, end_ms):
+            kind = "input_audio_buffer.speech_stopped"
+            told = _event(kind, item_id=item_id, audio_end_ms=end_ms)
+        case realtime.Cleared():
+            told = _event("input_audio_buffer.cleared")
+        case realtime.Delta(item_id, text):
+            told = _transcription_event("delta", item_id, delta=text)
+        case realtime.Failed(item_id, error):
+            told = _transcription_event("failed", item_id, error=error_detail(error))
+    return [told]
+
+
+def _committed_events(event: realtime.Committed) -> list[dict[str, Any]]:
+    place = {"previous_item_id": event.previous_item_id}
+    item = _user_message(event.item_id, None, "in_progress")
+    return [
+        _event("input_audio_buffer.committed", item_id=event.item_id, **place),
+        _event("conversation.item.added", item=item, **place),
+    ]
+
+
+def _completed_events(event: realtime.Completed) -> list[dict[str, Any]]:
+    usage = {"type": "duration", "seconds": round(event.audio_s, 3)}
+    item = _user_message(event.item_id, event.text, "completed")
+    languages = [{"code": event.language}] if event.language is not None else []
+    return [
+        _transcription_event(
+            "completed", event.item_id, transcript=event.text, usage=usage, languages=languages
+        ),
+        _event("conversation.item.done", item=item, previous_item_id=event.previous_item_id),
+    ]
+
+
+def _transcription_event(name: str, item_id: str, **fields: object) -> dict[str, Any]:
+    kind = f"conversation.item.input_audio_transcription.{name}"
+    return _event(kind, item_id=item_id, content_index=0, **fields)
+
+
+def _user_message(item_id: str, transcript: str | None, status: str) -> dict[str, Any]:
+    return {
+        "id": item_id,
+        "object": "realtime.item",
+        "type": "message",
+        "role": "user",
+        "status": status,
+        "content": [{"type": "input_audio", "transcript": transcript}],
+    }
+
+
+def _event(kind: str, **fields: object) -> dict[str, Any]:
+    return {"type": kind, "event_id": f"event_{uuid.uuid4().hex[:20]}", **fields}

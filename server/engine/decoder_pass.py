@@ -1,0 +1,191 @@
+"""One decode step's pass through the LLM: embeddings in, logits out, keys and values in slots.
+
+Any LLM runs by its own `forward`. For those built like Llama the same arithmetic is written out
+here with fewer and larger operations, since at a small batch a step's time is not in its matrix
+products alone: queries, keys and values come from one product, as do gate and up; residuals are
+added within products; queries and keys are rotated together; the mask is made once, in the form
+that attention takes.
+
+Axis legend: R rows, D width, H query heads, K key heads, G queries a key head (H / K), W head
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+
+from server.engine.kv_slots import DecodeMasks
+from server.engine.recorded_pass import RecordedPass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from server.engine.kv_slots import KVSlots
+
+_LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+
+
+class DecoderPass(Protocol):
+    """Runs a decode step that the slots have begun."""
+
+    def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
+        """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
+
+
+def choose_pass(llm: PreTrainedModel, *, cuda_graphs: bool = False) -> DecoderPass:
+    """Return the fastest pass that does what an LLM's `forward` does.
+
+    Args:
+        llm: on its device.
+        cuda_graphs: record the steps of one on a CUDA device.
+
+    Raises:
+        ValueError: slots cannot offer what its layers attend to.
+    """
+    if not _is_llama_like(llm):
+        return ModelPass(llm)
+    written_out = LlamaPass(llm)
+    return RecordedPass(written_out) if cuda_graphs and llm.device.type == "cuda" else written_out
+
+
+class ModelPass:
+    """The LLM's own `forward`."""
+
+    def __init__(self, llm: PreTrainedModel) -> None:
+        """Look at the LLM's layers.
+
+        Raises:
+            ValueError: slots cannot offer what they attend to.
+        """
+        self._llm = llm
+        self._masks = DecodeMasks(llm.config)
+
+    def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
+        """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
+        logits: Tensor = self._llm(
+            inputs_embeds=embeds,
+            attention_mask=self._masks.build(slots, embeds.dtype),
+            position_ids=position_ids,
+            past_key_values=slots,
+            use_cache=True,
+        ).logits[:, -1]
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's weights; those of `addmm` are transposed."""
+
+    attention_norm: Tensor  # (D,)
+    qkv: Tensor  # ((H + 2K) * W, D)
+    qkv_bias: Tensor | None
+    output: Tensor  # (H * W, D)
+    mlp_norm: Tensor  # (D,)
+    gate_up: Tensor  # (2 * inner, D)
+    down: Tensor  # (inner, D)
+
+
+class LlamaPass:
+    """A Llama-like LLM's `forward`, written out for one token a row.
+
+    Its projections' weights become parts of larger ones, whose memory they share: the LLM works as
+    before.
+    """
+
+    def __init__(self, llm: PreTrainedModel) -> None:
+        """Join the projections."""
+        config, base = llm.config, llm.model
+        self._llm, self._rotary = llm, base.rotary_emb
+        self._masks = DecodeMasks(config, additive=True)
+        self._eps = float(config.rms_norm_eps)
+        attention = base.layers[0].self_attn
+        self._width = int(attention.head_dim)
+        self._n_keys = int(config.num_key_value_heads)
+        self._n_queries = int(config.num_attention_heads)
+        self._scale = float(attention.scaling)
+        self._layers = [_join(layer) for layer in base.layers]
+
+    def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
+        """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
+        mask = self._masks.build_one(slots, embeds.dtype)
+        cos, sin = self._rotary(embeds, position_ids)  # (R, 1, W)
+        half = self._width // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        hidden = embeds[:, 0]
+        for layer, cache in zip(self._layers, slots.layers, strict=True):
+            normed = self._norm(hidden, layer.attention_norm)
+            joint = functional.linear(normed, layer.qkv, layer.qkv_bias)
+            heads = joint.unflatten(-1, (-1, self._width))  # (R, H + 2K, W)
+            rotated = heads[:, : self._n_queries + self._n_keys]
+            rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin)
+            keys, values = cache.update(
+                rotated[:, self._n_queries :, None],
+                heads[:, self._n_queries + self._n_keys :, None],
+            )
+            # The queries of one key head stand where otherwise a sequence does: no key is copied.
+            queries = rotated[:, : self._n_queries].unflatten(1, (self._n_keys, -1))
+            attended = functional.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, scale=self._scale
+            )  # (R, K, G, W)
+            hidden = torch.addmm(hidden, attended.flatten(1), layer.output)
+            normed = self._norm(hidden, layer.mlp_norm)
+            gate, up = functional.linear(normed, layer.gate_up).chunk(2, -1)
+            hidden = torch.addmm(hidden, functional.silu(gate).mul_(up), layer.down)
+        logits: Tensor = self._llm.lm_head(self._norm(hidden, self._llm.model.norm.weight))
+        return logits
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, weight.shape, weight, self._eps)
+
+
+def _is_llama_like(llm: PreTrainedModel) -> bool:
+    """Whether it is one of those that `LlamaPass` was written after, and not altered."""
+    config = llm.config
+    if type(llm) not in _LLAMA_LIKE or config._attn_implementation != "sdpa":
+        return False
+    if config.hidden_act != "silu" or len(DecodeMasks(config).kinds) > 1:
+        return False
+    for layer in llm.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = (attention.q_proj, attention.k_proj, attention.v_proj)
+        unbiased = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if not all(type(each) is nn.Linear for each in (*joined, *unbiased)):  # an adapter's
+            return False
+        if any(each.bias is not None for each in unbiased):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _join(layer: Any) -> _Layer:  # noqa: ANN401 - a layer of one of three classes
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
+    gate_up, _ = _concatenate(mlp.gate_proj, mlp.up_proj)
+    return _Layer(
+        attention_norm=layer.input_layernorm.weight,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        output=attention.o_proj.weight.t(),
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=gate_up,
+        down=mlp.down_proj.weight.t(),
+    )
+
+
+def _concatenate(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of several layers as one; theirs become parts of it."""
+    weight = torch.cat([each.weight.detach() for each in linears])
+    biases = [each.bias.detach() for each in linears if each.bias is not None]
+    start = 0
+    for each in linears:
+        end = start + each.out_features
+        each.weight = nn.Parameter(weight[start:end], requires_grad=False)
+        start = end
+    return weight, torch.cat(biases) if biases else None

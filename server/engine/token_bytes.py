@@ -1,0 +1,37 @@
+"""What a token adds to a text, as bytes: a character may be spread over several tokens."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class TokenBytes:
+    """Maps the token ids of one tokenizer to bytes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Find out whether its tokens are spelt in bytes."""
+        self._tokenizer = tokenizer
+        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+        steps = decoder.get("decoders", [decoder])
+        is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+        self._bytes = _byte_alphabet() if is_byte_level else None
+
+    def __call__(self, token_id: int) -> bytes:
+        """Return a token's bytes, UTF-8 when put together."""
+        if self._bytes is not None:
+            piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
+            if all(letter in self._bytes for letter in piece):
+                return bytes(self._bytes[letter] for letter in piece)
+        return str(self._tokenizer.decode([token_id])).encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letters in which byte-level BPE spells bytes: GPT-2's `bytes_to_unicode`, inverted."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(0x100) if byte not in set(printable))
+    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}

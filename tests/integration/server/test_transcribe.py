@@ -1,0 +1,416 @@
+"""Options, formats, streaming, keys and headers of the real application."""
+
+import asyncio
+import contextlib
+import io
+import json
+
+import pytest
+import srt
+import webvtt
+
+from server.engine.admission import Admission
+from server.engine.decoding import Token
+from server.engine.interface import EngineResult, EngineStats, Piece
+from server.errors import InferenceFailedError
+from server.settings import Settings
+from tests.integration.server.serving import error_of, serving, until_ready, upload
+from tests.recordings import encode, tone
+from tests.speech_models import noise
+
+pytestmark = pytest.mark.anyio
+
+CLIP = encode(noise(1.5).clip(-1, 1))
+ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdefgh"
+
+
+@pytest.fixture(scope="module")
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_checkpoint):
+    return Settings(model=str(tiny_checkpoint), device="cpu", decode_workers=1)
+
+
+@pytest.fixture(scope="module")
+async def client(settings):
+    async with serving(settings) as client:
+        await until_ready(client)
+        yield client
+
+
+async def ask(client, data=CLIP, **fields):
+    return await client.post("/transcribe", **upload(data), data=fields)
+
+
+def read_vtt(text):
+    return webvtt.from_buffer(io.StringIO(text)).captions
+
+
+def frames_of(text):
+    blocks = text.split("\n\n")
+    assert blocks.pop() == ""
+    assert all(block.startswith("data: ") for block in blocks)
+    return [block.removeprefix("data: ") for block in blocks]
+
+
+@pytest.fixture(scope="module")
+async def plain(client):
+    response = await ask(client)
+    assert response.status_code == 200
+    assert response.json()["text"]
+    return response.json()
+
+
+@pytest.mark.parametrize(
+    ("form", "media_type"),
+    [
+        ("text", "text/plain; charset=utf-8"),
+        ("srt", "application/x-subrip; charset=utf-8"),
+        ("vtt", "text/vtt; charset=utf-8"),
+        ("tsv", "text/tab-separated-values; charset=utf-8"),
+    ],
+)
+async def test_a_file_says_what_json_says(client, plain, form, media_type):
+    response = await ask(client, response_format=form)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == media_type
+    text = {
+        "text": lambda body: body,
+        "srt": lambda body: " ".join(cue.content for cue in srt.parse(body)),
+        "vtt": lambda body: " ".join(cue.text for cue in read_vtt(body)),
+        "tsv": lambda body: " ".join(row.split("\t")[2] for row in body.splitlines()[1:]),
+    }[form](response.text)  # fmt: skip
+    letters = [c for c in plain["text"] if c.isalnum()]
+    assert [c for c in text if c.isalnum()] == letters
+
+
+async def test_verbose_json_has_segments_and_how_sure_the_model_was(client, plain):
+    body = (await ask(client, response_format="verbose_json")).json()
+    (segment,) = body["segments"]
+    assert body["text"] == segment["text"] == plain["text"]
+    assert (segment["start"], segment["end"]) == (0.0, body["duration"])
+    assert segment["avg_logprob"] < 0
+    assert set(body["timings"]) == set(plain["timings"])
+
+
+async def test_what_is_asked_for_is_there_and_nothing_else(client, plain):
+    body = (await ask(client, timestamps="segment", logprobs="true")).json()
+    assert set(body) == {*plain, "alignment", "segments", "logprobs"}
+    assert set(body["segments"][0]) == {"start", "end", "text", "finish_reason"}
+    words = (await ask(client, timestamps="word")).json()["segments"][0]
+    assert set(words) == {"start", "end", "text", "finish_reason", "words"}
+    spelt = b"".join(bytes(each["bytes"]) for each in body["logprobs"])
+    assert spelt.decode(errors="replace").strip() == plain["text"]
+    assert all(each["logprob"] <= 0 for each in body["logprobs"])
+
+
+async def test_the_recording_may_be_the_body(client, plain):
+    response = await client.post(
+        "/transcribe",
+        params={"response_format": "text"},
+        content=CLIP,
+        headers={"content-type": "audio/wav"},
+    )
+    assert response.text == plain["text"] + "\n"
+
+
+async def test_options_of_a_form_may_be_in_the_query_and_the_forms_own_go_first(client, plain):
+    query = {"response_format": "srt", "vad": "false"}
+    response = await client.post("/transcribe", **upload(CLIP), params=query)
+    assert response.text.startswith("1\n00:00:00,000 --> ")
+    response = await client.post(
+        "/transcribe", **upload(CLIP), params=query, data={"response_format": "text"}
+    )
+    assert response.text == plain["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    "media_type", ["audio/pcm;rate=16000", 'audio/pcm; rate="16000"; channels=1']
+)
+async def test_raw_samples_are_what_a_file_of_them_is(client, plain, media_type):
+    samples = CLIP[CLIP.index(b"data") + 8 :]
+    response = await client.post(
+        "/transcribe", content=samples, headers={"content-type": media_type}
+    )
+    assert response.json()["text"] == plain["text"]
+    assert response.json()["duration"] == plain["duration"]
+
+
+@pytest.mark.parametrize(
+    ("media_type", "content", "status", "code"),
+    [
+        ("audio/pcm;rate=16000", b"abc", 400, "audio_truncated"),
+        ("audio/pcm;rate=16000", b"", 400, "audio_empty"),
+        ("audio/pcm;rate=16000;channels=3", bytes(6000), 415, "audio_unsupported"),
+        ("audio/pcm;rate=999", bytes(6000), 415, "audio_unsupported"),
+        ("audio/pcm;rate=4000", bytes(8000 * 31), 413, "audio_too_long"),
+        ("audio/wav", b"", 400, "audio_empty"),
+        ("application/json", b"{}", 400, "invalid_request"),
+        ("", b"x", 400, "invalid_request"),
+    ],
+)
+async def test_bodies_that_are_no_recording_are_refused(client, media_type, content, status, code):
+    response = await client.post(
+        "/transcribe", content=content, headers={"content-type": media_type}
+    )
+    assert (response.status_code, error_of(response)["code"]) == (status, code)
+
+
+async def test_several_files_are_answered_in_order_each_for_itself(client, plain):
+    other = encode(noise(0.7, seed=3).clip(-1, 1))
+    files = [("file", (name, data)) for name, data in
+             [("a", CLIP), ("b", b"no audio" * 9), ("c", other), ("d", CLIP)]]  # fmt: skip
+    response = await client.post("/transcribe", files=files)
+    assert response.status_code == 200
+    first, second, third, fourth = response.json()["results"]
+    assert set(first) == set(plain)
+    assert first["text"] == fourth["text"] == plain["text"]
+    assert second["error"]["code"] == "audio_unrecognised"
+    assert third["duration"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("fields", [{"stream": "true"}, {"response_format": "srt"}])
+async def test_several_files_are_answered_in_json_only(client, fields):
+    files = [("file", ("a", CLIP)), ("file", ("b", CLIP))]
+    response = await client.post("/transcribe", files=files, data=fields)
+    assert (response.status_code, error_of(response)["param"]) == (400, next(iter(fields)))
+
+
+async def test_a_language_the_checkpoint_does_not_name_is_refused(client):
+    response = await ask(client, language="de")
+    assert (response.status_code, error_of(response)["code"]) == (400, "language_unsupported")
+    assert "en, mn" in error_of(response)["message"]
+    assert (await ask(client, language="mn")).json()["language"] == "mn"
+
+
+async def test_a_deadline_that_cannot_be_kept_is_504(client):
+    response = await ask(client, encode(noise(20.0).clip(-1, 1)), deadline_ms="1")
+    assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
+
+
+async def test_a_stream_tells_the_text_piece_by_piece_and_whole(client, plain):
+    response = await ask(client, stream="true")
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, end = frames_of(response.text)
+    assert end == "[DONE]"
+    *deltas, done = (json.loads(event) for event in events)
+    assert len(deltas) > 1
+    assert {delta["type"] for delta in deltas} == {"transcript.text.delta"}
+    assert "".join(delta["delta"] for delta in deltas) == done["text"]
+    assert done["type"] == "transcript.text.done"
+    assert done["usage"] == {"type": "duration", "seconds": plain["duration"]}
+
+
+async def test_a_stream_that_fails_before_its_first_word_has_a_status(client):
+    response = await ask(client, b"no audio" * 9, stream="true")
+    assert (response.status_code, error_of(response)["code"]) == (415, "audio_unrecognised")
+
+
+async def test_problem_details_come_to_who_asks_for_them(client):
+    headers = {"Accept": "application/problem+json"}
+    response = await client.post("/transcribe", **upload(b""), headers=headers)
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert (body["status"], body["title"], body["code"]) == (400, "Bad Request", "audio_empty")
+    assert body["request_id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/nope", "/health/live"])
+async def test_every_answer_has_safe_headers(client, path):
+    headers = (await client.get(path)).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert headers["x-frame-options"] == "DENY"
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe-eval" not in policy
+
+
+async def test_the_viewer_of_the_api_loads_nothing_from_elsewhere(client):
+    page = (await client.get("/docs")).text
+    assert "//" not in page.replace("<!doctype", "")
+    for path in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js", "favicon.png"):
+        assert (await client.get(f"/docs/{path}")).status_code == 200
+    assert (await client.get("/docs/core.py")).status_code == 422
+    bundle = (await client.get("/docs/swagger-ui-bundle.js")).text
+    assert 'PACKAGE_VERSION:"5.' in bundle  # OpenAPI 3.1 is shown from version 5 on
+
+
+async def test_other_origins_may_not_call_unless_they_are_named(client, settings):
+    origin = {"Origin": "https://app.example.org"}
+    assert "access-control-allow-origin" not in (await client.get("/", headers=origin)).headers
+    named = settings.model_copy(
+        update={"cors_origins": origin["Origin"], "api_keys": Settings(api_keys=ALICE).api_keys}
+    )
+    preflight = origin | {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,x-stainless-os",
+    }
+    async with serving(named, ScriptedEngine([])) as other:
+        allowed = await other.options("/transcribe", headers=preflight)
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == origin["Origin"]
+        refused = await other.post("/transcribe", headers=origin, **upload(CLIP))
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == origin["Origin"]
+        stranger = await other.options(
+            "/transcribe", headers=preflight | {"Origin": "https://evil.example.org"}
+        )
+        assert "access-control-allow-origin" not in stranger.headers
+
+
+class ScriptedEngine:
+    """Tells pieces, then fails, answers or waits, as told."""
+
+    max_audio_s = 30.0
+    languages = ()
+
+    def __init__(self, pieces, end="stop"):
+        self.pieces = pieces
+        self.end = end
+        self.told = asyncio.Event()
+        self.may_end = asyncio.Event()
+        self.submitted = []
+
+    async def start(self):
+        pass
+
+    @contextlib.contextmanager
+    def admit(self, audio_s):
+        yield Admission(max_requests=1, max_audio_s=60.0).take(audio_s)
+
+    async def submit(self, request):
+        self.submitted.append(request.id)
+        for piece in self.pieces:
+            request.on_piece(Piece(piece, Token(5), None))
+        self.told.set()
+        if isinstance(self.end, Exception):
+            raise self.end
+        if self.end == "wait":
+            await self.may_end.wait()
+        return EngineResult("".join(self.pieces), None, "stop", (5,), 0, 0, 0, 0, 0, 1)
+
+    async def drain(self, timeout_s):
+        pass
+
+    async def stop(self):
+        pass
+
+    async def failed(self):
+        return await asyncio.get_running_loop().create_future()
+
+    def stats(self):
+        return EngineStats(
+            alive=True, admitted=0, admitted_audio_s=0.0, queued=0, running=0, slots=1,
+            kv_cache_bytes=0, rtfx=None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InferenceFailedError("the model failed on this audio"), "inference_failed"),
+        (KeyError("secret detail"), "internal_error"),
+    ],
+)
+async def test_a_stream_that_fails_midway_says_so_and_does_not_end_well(error, code):
+    engine = ScriptedEngine(["Where ", "did"], error)
+    async with serving(Settings(decode_workers=1), engine) as client:
+        await until_ready(client)
+        response = await ask(client, stream="true")
+        first, second, last = frames_of(response.text)
+        assert json.loads(first)["delta"] + json.loads(second)["delta"] == "Where did"
+        assert json.loads(last)["error"]["code"] == code
+        assert "secret" not in response.text
+        metrics = (await client.get("/metrics")).text
+        assert f'speechllm_requests_refused_total{{code="{code}"}} 1.0' in metrics
+
+
+@pytest.fixture
+async def guarded():
+    settings = Settings(
+        decode_workers=1,
+        api_keys=f"alice:{ALICE},{BOB}",
+        key_max_concurrency=1,
+        key_audio_s_per_minute=4.0,
+    )
+    engine = ScriptedEngine([], "wait")
+    async with serving(settings, engine) as client:
+        await until_ready(client)
+        yield engine, client
+
+
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, bearer(""), bearer("alice-0123456789abcdeX"), {"Authorization": f"Basic {ALICE}"}],
+)
+async def test_without_a_key_nothing_but_health_and_metrics_is_answered(guarded, headers):
+    _, client = guarded
+    for path in ("/transcribe", "/v1/audio/transcriptions", "/v1/audio/translations"):
+        response = await client.post(path, **upload(CLIP), headers=headers)
+        assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
+        assert response.headers["www-authenticate"] == "Bearer"
+    for path in ("/v1/models", "/v1/models/whisper-1"):
+        assert (await client.get(path, headers=headers)).status_code == 401
+    for path in ("/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json"):
+        assert (await client.get(path, headers=headers)).status_code == 200
+
+
+async def test_a_key_is_held_to_its_share_and_others_are_not(guarded):
+    engine, client = guarded
+    post = lambda key: client.post("/transcribe", **upload(CLIP), headers=bearer(key))  # noqa: E731
+    running = asyncio.create_task(post(ALICE))
+    await engine.told.wait()
+    second = await post(ALICE)
+    assert (second.status_code, error_of(second)["code"]) == (429, "rate_limit_exceeded")
+    assert second.headers["retry-after"] == "1"
+    others = asyncio.create_task(post(BOB))
+    engine.may_end.set()
+    assert [r.status_code for r in await asyncio.gather(running, others)] == [200, 200]
+
+    # 4 s a minute at 1.5 s a clip: the third one goes into debt, the fourth has to wait.
+    assert [(await post(ALICE)).status_code for _ in range(3)] == [200, 200, 429]
+
+
+async def until_waiting(turnstile, count):
+    while turnstile.waiting < count:  # noqa: ASYNC110 - uploads take a few rounds of the loop
+        await asyncio.sleep(0.01)
+
+
+async def test_one_keys_many_wait_for_anothers_one():
+    settings = Settings(decode_workers=1, max_batch_size=1, api_keys=f"alice:{ALICE},bob:{BOB}")
+    engine = ScriptedEngine([], "wait")
+    async with serving(settings, engine) as client:
+        await until_ready(client)
+
+        def post(key, name):
+            headers = bearer(key) | {"X-Request-ID": name}
+            return asyncio.create_task(client.post("/transcribe", **upload(CLIP), headers=headers))
+
+        tasks = [post(ALICE, f"alice-{i}") for i in range(6)]
+        turnstile = client.app.state.runtime.turnstile
+        await until_waiting(turnstile, 4)
+        tasks.append(post(BOB, "bob"))
+        await until_waiting(turnstile, 5)
+        assert "speechllm_requests_held 5.0" in (await client.get("/metrics")).text
+        engine.may_end.set()
+        assert [response.status_code for response in await asyncio.gather(*tasks)] == [200] * 7
+    # Two were let in, one was next in line before bob came.
+    assert engine.submitted.index("bob") <= 3
+
+
+async def test_the_log_names_the_keys_owner_and_never_the_key(guarded, caplog):
+    caplog.set_level("INFO", logger="speechllm.access")
+    engine, client = guarded
+    engine.may_end.set()
+    await client.post("/transcribe", **upload(encode(tone(0.2))), headers=bearer(ALICE))
+    (record,) = [r for r in caplog.records if r.name == "speechllm.access"]
+    assert record.fields["key"] == "alice"
+    assert ALICE not in json.dumps(record.fields)

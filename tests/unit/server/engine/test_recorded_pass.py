@@ -1,0 +1,84 @@
+"""Fixed shapes and padding rows on the CPU, where a recording is the function itself."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.transcription import Transcriber
+from server.engine.core import EngineCore
+from server.engine.decoder_pass import LlamaPass
+from server.engine.interface import NO_GUARDS, EngineRequest
+from server.engine.recorded_pass import RecordedPass, bucket
+from server.engine.runner import SpeechRunner
+from server.engine.scheduler import ScheduleLimits
+from tests.speech_models import generate_alone, noise
+
+CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.3, 2.9, 1.1, 4.0, 0.7, 9.0))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint):
+    return Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@given(st.integers(1, 300), st.sampled_from([1, 128]), st.integers(1, 300))
+def test_a_bucket_holds_the_count_and_no_more_than_there_is(count, smallest, largest):
+    if count <= largest:
+        size = bucket(count, smallest, largest)
+        assert count <= size <= largest
+        assert size < max(2 * count, smallest + 1)
+
+
+def transcribe(tiny, record):
+    """Answers of an engine where a clip arrives at every iteration."""
+    runner = SpeechRunner(
+        tiny, max_slots=5, make_pass=lambda llm: RecordedPass(LlamaPass(llm), record)
+    )
+    core = EngineCore(runner, ScheduleLimits(5), guards=NO_GUARDS)
+    answers, arriving = {}, list(enumerate(CLIPS))
+    while arriving or core.idle_s() is not None:
+        if arriving:
+            key, clip = arriving.pop(0)
+            core.submit(key, EngineRequest(str(key), clip, clip.size / 16_000), 0.0)
+        answers |= dict(core.iterate().answers)
+    return [list(answers[key].token_ids) for key in range(len(CLIPS))]
+
+
+def test_steps_of_recorded_shapes_say_what_generate_says(tiny):
+    shapes = []
+
+    def record(run):
+        shapes.append(len(run()))  # once more than it counts, as warming up does
+        return run
+
+    expected = [generate_alone(tiny, clip) for clip in CLIPS]
+    assert transcribe(tiny, record) == expected
+    assert set(shapes) <= {1, 2, 4, 5}  # more than four take all five slots
+    assert len(shapes) > 1
+
+
+def test_where_nothing_can_be_recorded_steps_run_as_they_are(tiny, caplog):
+    def record(_run):
+        raise RuntimeError("no graph")
+
+    assert transcribe(tiny, record) == [generate_alone(tiny, clip) for clip in CLIPS]
+    assert len(caplog.records) == 1
+
+
+def test_a_recording_reads_its_own_tensors(tiny):
+    """What is replayed sees a step's inputs only through copies."""
+    seen = []
+
+    class Spy:
+        def __call__(self, embeds, position_ids, _slots):
+            seen.append((embeds.data_ptr(), position_ids.data_ptr()))
+            return torch.zeros(len(embeds), 320)
+
+    runner = SpeechRunner(
+        tiny, max_slots=2, make_pass=lambda _llm: RecordedPass(Spy(), lambda run: run)
+    )
+    runner.start([runner.plan(CLIPS[0])])
+    for _ in range(3):
+        runner.step(slice(0, 1))
+    assert len(set(seen)) == 1

@@ -1,0 +1,32 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from model.training.tokenizer import train_tokenizer
+from server.engine.token_bytes import TokenBytes
+from tests.conftest import SENTENCES
+
+TOKENIZER = train_tokenizer(SENTENCES * 4, vocab_size=320)
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=30))
+def test_the_bytes_of_a_texts_tokens_are_the_texts(text):
+    token_bytes = TokenBytes(TOKENIZER)
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    normalised = TOKENIZER.decode(ids, skip_special_tokens=False)
+    assert b"".join(map(token_bytes, ids)).decode(errors="replace") == normalised
+
+
+@pytest.mark.parametrize("character", ["ё", "語", "🙂"])
+def test_a_part_of_a_character_is_its_bytes(character):
+    token_bytes = TokenBytes(TOKENIZER)
+    ids = TOKENIZER(character, add_special_tokens=False)["input_ids"]
+    assert b"".join(map(token_bytes, ids)) == character.encode()
+
+
+def test_another_kind_of_tokenizer_tells_its_text():
+    words = Tokenizer(models.WordLevel({"hello": 0}, "hello"))
+    words.decoder = decoders.Fuse()
+    assert TokenBytes(PreTrainedTokenizerFast(tokenizer_object=words))(0) == b"hello"

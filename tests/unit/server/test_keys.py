@@ -1,0 +1,95 @@
+import pytest
+
+from server.errors import ApiKeyError, RateLimitedError
+from server.keys import ANONYMOUS, KeyLimits, KeyRing
+
+ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdefgh"
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+
+def test_without_keys_everybody_may_come():
+    assert KeyRing([]).owner(None) == ANONYMOUS
+    assert KeyRing([]).owner("anything") == ANONYMOUS
+
+
+def test_a_key_names_its_owner_and_others_are_refused():
+    ring = KeyRing([f"alice:{ALICE}", BOB])
+    assert ring.owner(ALICE) == "alice"
+    assert ring.owner(BOB) == "key-2"
+    for wrong in (None, "", "alice", ALICE[:-1], ALICE + "x", f"alice:{ALICE}", "ключ" * 5):
+        with pytest.raises(ApiKeyError):
+            ring.owner(wrong)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [["short"], ["a b" * 10], [f"näme:{ALICE}"], [ALICE, ALICE], [f"a:{ALICE}", f"a:{BOB}"]],
+)
+def test_bad_entries_are_refused_without_showing_them(entries):
+    with pytest.raises(ValueError, match="API key") as raised:
+        KeyRing(entries)
+    assert not any(entry in str(raised.value) for entry in entries)
+
+
+def test_keys_come_from_the_setting_and_from_a_file(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(f"# of the team\n\nbob:{BOB}\n")
+    ring = KeyRing.from_settings(f"alice:{ALICE}", str(file))
+    assert {ring.owner(ALICE), ring.owner(BOB)} == {"alice", "bob"}
+
+
+def test_a_key_may_have_only_so_many_running():
+    limits = KeyLimits(max_concurrency=1, audio_s_per_minute=0.0)
+    with limits.hold("alice", 1.0):
+        with pytest.raises(RateLimitedError), limits.hold("alice", 1.0):
+            pass
+        with limits.hold("bob", 1.0):
+            pass
+    with limits.hold("alice", 1.0):
+        pass
+
+
+def test_seconds_of_audio_come_back_with_time():
+    clock = Clock()
+    limits = KeyLimits(max_concurrency=0, audio_s_per_minute=60.0, clock=clock)
+    with limits.hold("alice", 90.0):
+        pass
+    with pytest.raises(RateLimitedError) as raised, limits.hold("alice", 1.0):
+        pass
+    assert raised.value.retry_after_s == 31.0
+    with limits.hold("bob", 1.0):
+        pass
+    clock.now_s = raised.value.retry_after_s
+    with limits.hold("alice", 1.0):
+        pass
+
+
+def test_a_charge_is_what_was_measured():
+    clock = Clock()
+    limits = KeyLimits(max_concurrency=0, audio_s_per_minute=60.0, clock=clock)
+    with limits.hold("alice", 60.0) as charge:
+        charge.measure(0.0)
+    with limits.hold("alice", 0.0) as charge:
+        charge.measure(59.0)
+    with limits.hold("alice", 1.0):
+        pass
+    with pytest.raises(RateLimitedError), limits.hold("alice", 1.0):
+        pass
+
+
+def test_a_share_is_saved_up_for_a_minute_at_most():
+    clock = Clock()
+    limits = KeyLimits(max_concurrency=0, audio_s_per_minute=60.0, clock=clock)
+    with limits.hold("alice", 0.0):
+        pass
+    clock.now_s = 3600.0
+    with limits.hold("alice", 60.0):
+        pass
+    with pytest.raises(RateLimitedError), limits.hold("alice", 1.0):
+        pass
