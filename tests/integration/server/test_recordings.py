@@ -136,7 +136,8 @@ async def test_words_are_placed_where_they_were_said(runtime, shared_data):
         own = [w for w in words if w.start_s < end_s and w.end_s > start_s]
         if [words_of(w.text) for w in own] == [[text]]:
             assert own[0].start_s == pytest.approx(start_s, abs=0.2)
-            assert end_s - 0.3 < own[0].end_s < end_s + 0.2  # clips end in a quiet moment
+            # A head that hears a whole word as one token fires before the word is over.
+            assert own[0].start_s < own[0].end_s < end_s + 0.2
             placed += 1
     assert placed >= 7
 
