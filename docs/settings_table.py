@@ -18,7 +18,7 @@ def on_page_markdown(markdown: str, **_others: Any) -> str:  # noqa: ANN401 - Mk
 
 def settings_table() -> str:
     """Return a row for each setting: flag, variable, default, and what it is."""
-    rows = ["| flag | variable | default | |", "|---|---|---|---|"]
+    rows = ["| flag and variable | default | |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = field.get_default()
         if isinstance(default, SecretStr):
@@ -28,5 +28,5 @@ def settings_table() -> str:
         if choices := [each for each in get_args(field.annotation) if isinstance(each, str)]:
             text += f" One of {', '.join(choices)}."
         flag = f"--{name.replace('_', '-')}"
-        rows.append(f"| `{flag}` | `{ENV_PREFIX}{name.upper()}` | {shown} | {text} |")
+        rows.append(f"| `{flag}`<br>`{ENV_PREFIX}{name.upper()}` | {shown} | {text} |")
     return "\n".join(rows)

@@ -30,7 +30,7 @@ def test_the_table_has_every_setting_once():
     assert hook.PLACE in text
     table = hook.on_page_markdown(text, page=None)
     for name in Settings.model_fields:
-        assert table.count(f"| `--{name.replace('_', '-')}` |") == 1
+        assert table.count(f"| `--{name.replace('_', '-')}`<br>") == 1
         assert f"`{ENV_PREFIX}{name.upper()}`" in table
 
 
