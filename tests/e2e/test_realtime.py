@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import signal
+import socket as socketlib
 import threading
 import time
 
@@ -289,10 +290,22 @@ def test_a_client_that_does_not_read_is_let_go(server):
     _, client = server
     ended = 'speechllm_realtime_sessions_ended_total{reason="slow_reader"}'
     before = metric(client, ended)
-    with open_session(client, max_queue=1) as socket, contextlib.suppress(ConnectionClosed):
+    with open_session(client, max_queue=1) as socket:
+        flood = threading.Thread(target=update_forever, args=(socket,))
+        flood.start()
+        try:
+            wait_for(lambda: metric(client, ended) == before + 1)
+            assert metric(client, "speechllm_realtime_sessions") == 0
+        finally:
+            # Closing it properly would wait for the sender, which waits for the server.
+            socket.socket.shutdown(socketlib.SHUT_RDWR)
+            flood.join()
+
+
+def update_forever(socket):
+    with contextlib.suppress(ConnectionClosed):
         while True:
             update(socket, transcription={"prompt": "x" * 900})
-    wait_for(lambda: metric(client, ended) == before + 1)
 
 
 def test_the_openai_sdk_works_unchanged(server):
