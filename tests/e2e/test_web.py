@@ -158,7 +158,7 @@ def test_clicks_and_keys_seek_the_audio(open_page, speech):
         audio = card.locator("audio")
         expect(card.locator("canvas")).to_be_visible()
         card.locator("canvas").click(position={"x": 300, "y": 20})
-        page.wait_for_function("document.querySelector('audio').currentTime > 1")
+        page.wait_for_function("() => document.querySelector('audio').currentTime > 1")
         audio.evaluate("(audio) => { audio.pause(); audio.currentTime = 0; }")
         time = card.get_by_role("button", name="Play from").last
         start_s = float(card.locator(".segment").last.get_attribute("data-from"))
@@ -196,7 +196,9 @@ def test_the_microphone_is_recorded_and_transcribed(open_page):
     with open_page() as page:
         page.get_by_role("button", name="Record", exact=True).click()
         expect(page.locator("#record-status")).to_have_text("Recording")
-        page.wait_for_function("parseInt(document.querySelector('#record-time').textContent) >= 3")
+        page.wait_for_function(
+            "() => parseInt(document.querySelector('#record-time').textContent) >= 3"
+        )
         expect(page.locator("#level")).to_be_visible()
         page.get_by_role("button", name="Stop").click()
         card = page.locator("article")
@@ -240,7 +242,7 @@ def test_the_page_can_be_read_and_worked_without_a_mouse(open_page, speech, tmp_
         transcribe(page, speech)
         page.set_input_files("#files", str(letter))
         expect(page.locator("article [role=alert]").first).to_be_visible()
-        for summary in page.locator("summary").all():
+        for summary in page.locator("summary:visible").all():
             summary.click()
         assert page.evaluate(NAMELESS) == []
         assert page.evaluate(DOUBLE_IDS) == []
