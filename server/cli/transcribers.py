@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from server.runtime import Runtime
 
 _NO_LIMIT_S = 30 * 24 * 3600.0  # one's own files, in one's own time
+_NO_LIMIT = 10**6  # `jobs` bounds what is under way
 _PATIENT_RETRIES = 20
 
 
@@ -81,7 +82,8 @@ async def in_process(
         device=device,
         max_audio_s=_NO_LIMIT_S,
         request_timeout_s=_NO_LIMIT_S,
-        max_queue_size=jobs,
+        max_long_recordings=jobs,
+        max_queue_size=_NO_LIMIT,
         max_queue_audio_s=_NO_LIMIT_S,
         decode_workers=min(jobs, os.cpu_count() or 1),
     )

@@ -1,5 +1,7 @@
 // An answer as a file.
 
+import { words } from "./confidence.js";
+
 const MAX_CUE_CHARACTERS = 84;
 const MAX_CUE_SECONDS = 7;
 
@@ -26,14 +28,16 @@ function vtt(answer) {
 /** Subtitles: a segment each, or shorter ones where its words are placed in time. */
 function cues({ segments }) {
   return segments.flatMap((segment) => {
-    if (!segment.words?.length) return segment.text ? [segment] : [];
+    const spoken = words(segment.text);
+    if (segment.words?.length !== spoken.length) return spoken.length ? [segment] : [];
     const found = [];
-    for (const { word, start, end } of segment.words) {
+    segment.words.forEach(({ start, end }, i) => {
+      const word = spoken[i];
       const last = found.at(-1);
       const fits = last && last.text.length + word.length < MAX_CUE_CHARACTERS && end - last.start <= MAX_CUE_SECONDS;
       if (fits) Object.assign(last, { text: `${last.text} ${word}`, end });
       else found.push({ text: word, start, end });
-    }
+    });
     return found;
   });
 }

@@ -24,7 +24,6 @@ function add(files) {
 function fields() {
   const chosen = {
     language: find("language").value.trim().toLowerCase(),
-    hotwords: find("hotwords").value.trim(),
     n_best: find("n-best").value,
     timestamps: "word",
     logprobs: "true",

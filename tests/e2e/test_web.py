@@ -196,10 +196,9 @@ def test_the_microphone_is_recorded_and_transcribed(open_page):
     with open_page() as page:
         page.get_by_role("button", name="Record", exact=True).click()
         expect(page.locator("#record-status")).to_have_text("Recording")
-        page.wait_for_function(
-            "() => parseInt(document.querySelector('#record-time').textContent) >= 3"
-        )
+        expect(page.locator("#live")).not_to_be_empty()  # text while the microphone is on
         expect(page.locator("#level")).to_be_visible()
+        assert page.locator("#record-time").inner_text().endswith(" s")
         page.get_by_role("button", name="Stop").click()
         card = page.locator("article")
         expect(card.locator(".actions")).to_be_visible()
@@ -254,7 +253,7 @@ def test_the_page_can_be_read_and_worked_without_a_mouse(open_page, speech, tmp_
             reached.add(
                 page.evaluate("document.activeElement.id || document.activeElement.innerText")
             )
-        assert {"files", "record", "language", "n-best", "hotwords", "api-key"} <= reached
+        assert {"files", "record", "language", "n-best", "api-key"} <= reached
         assert {"Copy", "SRT", "Try again"} <= reached
 
 

