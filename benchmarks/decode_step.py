@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,10 @@ from server.engine.runner import SpeechRunner, use_cpu_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from server.engine.decoder_pass import DecoderPass
 
 ENGINE = "engine"
 ENGINE_OWN_FORWARD = "engine, LLM's own forward"
@@ -179,7 +184,10 @@ def measure(
 ) -> dict[str, Times]:
     """Time every way at one batch size."""
     times: defaultdict[str, Times] = defaultdict(Times)
-    passes = {ENGINE_OWN_FORWARD: ModelPass, ENGINE: choose_pass}
+    passes: dict[str, Callable[[PreTrainedModel], DecoderPass]] = {
+        ENGINE_OWN_FORWARD: ModelPass,
+        ENGINE: partial(choose_pass, cuda_graphs=True),
+    }
     engines = {
         name: EngineSteps(
             SpeechRunner(transcriber, max_slots=rows, make_pass=make_pass), rows, clip_s

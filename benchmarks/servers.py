@@ -59,7 +59,8 @@ def our_server(
     command += ["--max-queue-size", str(max(128, 2 * max_batch_size))]
     command += ["--max-queue-audio-s", str(max(1800, 60 * max_batch_size))]
     # Random weights repeat themselves, and must not be cut for it.
-    with _process([*command, "--loop-guard", "false"], port, "/health/ready") as url:
+    command += ["--loop-guard", "false", "--cuda-graphs", "true"]
+    with _process(command, port, "/health/ready") as url:
         yield url
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import docs, health, openai, realtime, transcribe
+from server.api import docs, health, openai, realtime, transcribe, web
 from server.api.errors import install_error_handlers
 from server.api.health import version
 from server.api.middleware import RequestMiddleware
@@ -81,6 +81,7 @@ def create_app(
     app.include_router(openai.router)
     app.include_router(realtime.router)
     app.include_router(health.router)
+    app.include_router(web.router)
     app.include_router(docs.router)
     return app
 
@@ -113,4 +114,5 @@ def _load_runner(settings: Settings) -> Runner:
         settings.dtype,
         max_slots=settings.max_batch_size,
         kv_cache_bytes=settings.kv_cache_mib << 20 or None,
+        cuda_graphs=settings.cuda_graphs,
     )

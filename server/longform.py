@@ -74,9 +74,18 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Transcribed:
-    """An excerpt and what the engine says of it."""
+    """What the engine says of an excerpt, whose waveform is gone.
 
-    excerpt: Excerpt
+    Attributes:
+        start: where the excerpt begins in the recording, samples at 16 kHz.
+        speech_start: where its speech begins.
+        speech_end: where its speech ends.
+        result: of the engine.
+    """
+
+    start: int
+    speech_start: int
+    speech_end: int
     result: EngineResult
 
 
@@ -188,7 +197,9 @@ class RecordingTranscriber:
             result = await self._engine.submit(request)
         finally:
             self._release(index)
-        self._parts[index] = Transcribed(excerpt, result)
+        self._parts[index] = Transcribed(
+            excerpt.start, excerpt.speech_start, excerpt.speech_end, result
+        )
         if text is not None:
             text.end(index)
 

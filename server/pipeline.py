@@ -13,8 +13,9 @@ from server.audio.clip import SAMPLE_RATE_HZ
 from server.audio.limits import check_header
 from server.audio.probe import probe
 from server.engine.interface import EngineRequest
+from server.errors import InvalidRequestError
 from server.longform import Deadline, RecordingTranscriber
-from server.transcription import Segment, StageTimings, Transcription
+from server.transcription import Segment, StageTimings, Transcription, Word
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +53,8 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         ServerError: which of its kinds says why.
     """
     uploaded_s = time.monotonic()
+    if options.hotwords:  # an LLM that was not trained with a list of words would read it out
+        raise InvalidRequestError("this checkpoint takes no hotwords", param="hotwords")
     settings, engine, limits = runtime.settings, runtime.engine, runtime.audio_limits
     header = probe(data)
     check_header(header, limits)
@@ -62,6 +65,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         audio_s=0.0,
         prompt=options.prompt,
         decoding=options.decoding,
+        with_words=options.timestamps == "word",
     )
     latest_s = None if options.deadline_s is None else uploaded_s + options.deadline_s
     with engine.admit(min(_expected_s(header, data), in_flight_s)) as ticket:
@@ -75,7 +79,11 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
             on_text=on_event,
         )
         decoding = runtime.decode_pool.stream(
-            data, limits, max_excerpt_s=engine.max_audio_s, finds_speech=options.vad
+            data,
+            limits,
+            max_clip_s=engine.max_audio_s,
+            max_excerpt_s=min(engine.max_audio_s, settings.max_excerpt_s),
+            finds_speech=options.vad,
         )
         recording = await transcriber.run(decoding)
     transcription = _transcription(recording, options, started_s)
@@ -93,7 +101,9 @@ def _transcription(
     results = [part.result for part in recording.parts]
     languages = Counter(result.language for result in results if result.language is not None)
     segments = tuple(_segment(part) for part in recording.parts if part.result.text)
-    alignment: Alignment = "segment"
+    # A text that does not fit into its audio, which is seldom right, keeps the segment's times.
+    is_aligned = any(segment.words is not None for segment in segments)
+    alignment: Alignment = "ctc" if is_aligned else "segment"
     return Transcription(
         text=" ".join(segment.text for segment in segments),
         language=options.language or next((name for name, _ in languages.most_common(1)), None),
@@ -112,12 +122,18 @@ def _transcription(
 
 def _segment(part: Transcribed) -> Segment:
     """Place an excerpt's answer in the recording."""
-    excerpt, result = part.excerpt, part.result
+    result = part.result
+    words = None
+    if result.words is not None:
+        begin_s = part.start / SAMPLE_RATE_HZ
+        words = tuple(
+            Word(word.text, begin_s + word.start_s, begin_s + word.end_s) for word in result.words
+        )
     return Segment(
-        start_s=excerpt.speech_start / SAMPLE_RATE_HZ,
-        end_s=excerpt.speech_end / SAMPLE_RATE_HZ,
+        start_s=words[0].start_s if words else part.speech_start / SAMPLE_RATE_HZ,
+        end_s=words[-1].end_s if words else part.speech_end / SAMPLE_RATE_HZ,
         text=result.text,
-        words=None,
+        words=words,
         token_ids=result.token_ids,
         logprobs=result.logprobs,
         finish_reason=result.finish_reason,

@@ -499,7 +499,7 @@ class RealtimeSession:
     async def _transcribe_whole(self, item: _Item, waveform: NDArray[np.float32]) -> None:
         self._running_samples = len(waveform)
         max_samples = int(self._engine.max_audio_s * SAMPLE_RATE_HZ)
-        cut = partial(excerpts, [waveform], max_samples=max_samples)
+        cut = partial(excerpts, [waveform], whole_samples=max_samples, max_samples=max_samples)
         for found in await asyncio.to_thread(lambda: list(cut())):
             if isinstance(found, Excerpt):
                 await self._transcribe(item, found.waveform)

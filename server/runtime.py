@@ -116,6 +116,12 @@ class Runtime:
         """Begin to load; answers are given meanwhile, and readiness is off."""
         self._loading = asyncio.create_task(self._load())
 
+    async def loaded(self) -> Exception | None:
+        """Wait until loading has ended, and return why it has failed if it has."""
+        if self._loading is not None:
+            await asyncio.wait([self._loading])
+        return self.failure
+
     async def _load(self) -> None:
         started_s = time.monotonic()
         try:

@@ -76,6 +76,12 @@ class Settings(BaseSettings):
         description="Longest recording, seconds of decoded audio; what the model cannot take in "
         "one piece is cut.",
     )
+    max_excerpt_s: float = Field(
+        15.0,
+        ge=1,
+        description="Longest piece of a recording that had to be cut, seconds; the model's own "
+        "limit holds besides. No longer than the clips that the model was trained on.",
+    )
     max_long_recordings: int = Field(
         4,
         ge=1,
@@ -130,6 +136,11 @@ class Settings(BaseSettings):
         True,
         description="Decode a text that repeats itself again under a penalty, and cut it if that "
         "does not help.",
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="Record decode steps as CUDA graphs, for LLMs built like Llama. Not yet tried "
+        "on a GPU.",
     )
     silence_gate: bool = Field(
         True,

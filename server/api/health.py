@@ -1,4 +1,4 @@
-"""`GET /health/live`, `/health/ready`, `/metrics` and `/`."""
+"""`GET /health/live`, `/health/ready` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.dependencies import RuntimeDependency  # noqa: TC001 - FastAPI reads it
-from server.api.schemas import HealthBody, IndexBody
+from server.api.schemas import HealthBody
 
 router = APIRouter(tags=["health"])
 
@@ -42,25 +42,6 @@ async def ready(runtime: RuntimeDependency, response: Response) -> HealthBody:
 async def metrics(runtime: RuntimeDependency) -> Response:
     """Return all series in Prometheus' text format."""
     return Response(runtime.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-
-@router.get("/")
-async def index(runtime: RuntimeDependency) -> IndexBody:
-    """Say what is where."""
-    return IndexBody(
-        name="speechllm",
-        version=version(),
-        model=runtime.settings.model,
-        endpoints={
-            "POST /transcribe": "a recording in the multipart field 'file' -> its text",
-            "POST /v1/audio/transcriptions": "the same, as OpenAI's API has it",
-            "WS /v1/realtime": "audio while it is spoken -> text, as OpenAI's API has it",
-            "GET /v1/models": "the models that can be asked for",
-            "GET /docs": "this API, to try out",
-            "GET /health/ready": "200 while requests are taken",
-            "GET /metrics": "for Prometheus",
-        },
-    )
 
 
 def version() -> str:

@@ -74,7 +74,7 @@ async def transcribe(request: Request, caller: CallerDependency) -> Response:
     transcription = await run_while_connected(request, caller.transcribe(recording, options))
     if form.response_format in answers.FILE_FORMATS:
         return answers.file_response(transcription, form.response_format)
-    return JSONResponse(_json_of(caller.runtime, form, transcription))
+    return JSONResponse(json_body(caller.runtime, form, transcription))
 
 
 def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
@@ -84,9 +84,10 @@ def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
     return [*upload.fields, *(field for field in query if field[0] not in in_form)]
 
 
-def _json_of(
+def json_body(
     runtime: Runtime, form: TranscribeForm, transcription: Transcription
 ) -> dict[str, Any]:
+    """Return the answer in the form's format, `json` or `verbose_json`."""
     if form.response_format == "verbose_json":
         return answers.own_verbose_json(
             transcription, temperature=form.temperature, words=form.timestamps == "word"
@@ -106,7 +107,7 @@ def _last_event(
     """OpenAI's fields, and whatever the plain answer has besides."""
     return {
         **answers.openai_json(runtime, transcription, logprobs=False),
-        **_json_of(runtime, form, transcription),
+        **json_body(runtime, form, transcription),
     }
 
 
@@ -139,7 +140,7 @@ async def _transcribe_many(
                 transcription = await caller.transcribe(recording, options)
             except ServerError as error:
                 return server_error_body(caller.request, error)
-        return _json_of(caller.runtime, form, transcription)
+        return json_body(caller.runtime, form, transcription)
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(answer(recording)) for recording in recordings]

@@ -76,7 +76,13 @@ class DecodePool:
         return sorted(worker.process.pid for worker in self._workers)
 
     async def stream(
-        self, data: bytes, limits: AudioLimits, *, max_excerpt_s: float, finds_speech: bool = True
+        self,
+        data: bytes,
+        limits: AudioLimits,
+        *,
+        max_clip_s: float,
+        max_excerpt_s: float,
+        finds_speech: bool = True,
     ) -> AsyncGenerator[Excerpt | Progress, None]:
         """Decode an upload, and cut it into excerpts; waits for a free process.
 
@@ -86,7 +92,8 @@ class DecodePool:
         Args:
             data: the file.
             limits: of the whole recording.
-            max_excerpt_s: longest excerpt.
+            max_clip_s: longest recording that stays in one piece.
+            max_excerpt_s: longest piece of one that does not; no longer than that.
             finds_speech: leave out what is no speech.
 
         Yields:
@@ -99,6 +106,7 @@ class DecodePool:
         """
         request = {
             "limits": dataclasses.asdict(limits),
+            "whole_samples": int(max_clip_s * SAMPLE_RATE_HZ),
             "max_samples": int(max_excerpt_s * SAMPLE_RATE_HZ),
             "finds_speech": finds_speech,
         }
@@ -144,7 +152,7 @@ class DecodePool:
         job.data = b""
         while True:
             async with asyncio.timeout(self._timeout_s):
-                answer = await job.worker.receive(job.request["max_samples"])
+                answer = await job.worker.receive(job.request["whole_samples"])
             is_done = isinstance(answer, errors.AudioError)
             if isinstance(answer, Progress):
                 job.is_long, is_done = answer.is_long, answer.is_done

@@ -1,12 +1,12 @@
 """Cut a recording of any length into excerpts that the model can take, while it is decoded.
 
-What fits into one excerpt stays in one piece, exactly as it was recorded, unless nobody speaks in
-it: then nothing of it is transcribed. A longer recording is cut at its pauses; where somebody
-speaks on for too long, at the quietest point of the second half of the excerpt. Cuts lose nothing
-and double nothing: an excerpt begins at the sample at which the one before was cut. Only audio
-without speech is left out.
+What the model can take at once stays in one piece, exactly as it was recorded, unless nobody
+speaks in it: then nothing of it is transcribed. A longer recording is cut at its pauses; where
+somebody speaks on for too long, at the quietest point of the second half of the excerpt. Cuts lose
+nothing and double nothing: an excerpt begins at the sample at which the one before was cut. Only
+audio without speech is left out.
 
-At most one excerpt, a second of audio and the padding around speech are held at a time.
+At most what stays in one piece, a second of audio and the padding around speech are held at a time.
 
 All positions are counted in frames of `FRAME_SAMPLES`, from the recording's begin.
 """
@@ -29,18 +29,23 @@ if TYPE_CHECKING:
 _SPEECH_BEGINS = 0.5
 _SPEECH_ENDS = 0.35
 _MIN_SPEECH_FRAMES = 3  # 96 ms; a click is no word
-_PAUSE_FRAMES = 25  # 0.8 s; a shorter silence stays within an excerpt
-_PADDING_FRAMES = 8  # 0.26 s of silence kept around speech, for what the detector hears late
+_PAUSE_FRAMES = 16  # 0.5 s; a shorter silence stays within an excerpt
+_PADDING_FRAMES = 6  # 0.19 s of silence kept around speech, for what the detector hears late
 
 
 def excerpts(
-    blocks: Iterable[NDArray[np.float32]], *, max_samples: int, finds_speech: bool = True
+    blocks: Iterable[NDArray[np.float32]],
+    *,
+    whole_samples: int,
+    max_samples: int,
+    finds_speech: bool = True,
 ) -> Iterator[Excerpt | Progress]:
     """Cut a waveform that comes in blocks.
 
     Args:
         blocks: the waveform's pieces (n,), float32, mono, 16 kHz.
-        max_samples: longest excerpt.
+        whole_samples: longest recording that stays in one piece.
+        max_samples: longest excerpt of one that does not.
         finds_speech: leave out what is no speech; otherwise all of it is transcribed.
 
     Yields:
@@ -52,10 +57,10 @@ def excerpts(
     for block in blocks:
         held.append(block)
         decoded += len(block)
-        if decoded > max_samples:
+        if decoded > whole_samples:
             break
     head = np.concatenate(held) if held else np.zeros(0, np.float32)
-    if decoded <= max_samples:
+    if decoded <= whole_samples:
         yield from _whole(head, finds_speech=finds_speech)
         yield Progress(decoded / SAMPLE_RATE_HZ, is_long=False, is_done=True)
         return

@@ -48,6 +48,7 @@ def _answers(request: dict[str, Any], data: bytes) -> Iterator[tuple[dict[str, A
         decoder = StreamDecoder(data, AudioLimits(**request["limits"]))
         found = excerpts(
             decoder.blocks(),
+            whole_samples=request["whole_samples"],
             max_samples=request["max_samples"],
             finds_speech=request["finds_speech"],
         )

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         StartReport,
     )
     from server.engine.scheduler import ScheduleLimits
+    from server.transcription import Word
 
 _log = logging.getLogger(__name__)
 
@@ -275,7 +276,9 @@ class EngineCore:
     def _plan(self, queued: _Queued) -> _Active | None:
         request = queued.request
         try:
-            plan = self.runner.plan(request.waveform, request.prompt, request.decoding)
+            plan = self.runner.plan(
+                request.waveform, request.prompt, request.decoding, with_words=request.with_words
+            )
         except InvalidRequestError as error:
             self._refuse(queued, error)
             return None
@@ -457,7 +460,16 @@ class EngineCore:
             generate_s=max(0.0, now_s - active.started_s - report.encode_s),
             first_token_s=active.first_token_s - active.queued.arrived_s,
             batch_size=active.batch_size,
+            words=self._words(active, text),
         )
+
+    def _words(self, active: _Active, text: str) -> tuple[Word, ...] | None:
+        try:
+            return self.runner.words(active.plan, text)
+        except Exception:  # noqa: BLE001 - a device may raise anything; logged
+            self._note_failure("align", [active.queued])
+        self.runner.recover()
+        return None  # the text is good without
 
     def _hypotheses(self, active: _Active) -> tuple[Hypothesis, ...]:
         search, n_best = active.generation, active.plan.decoding.n_best

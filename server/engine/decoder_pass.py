@@ -39,8 +39,12 @@ class DecoderPass(Protocol):
         """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
 
 
-def choose_pass(llm: PreTrainedModel) -> DecoderPass:
+def choose_pass(llm: PreTrainedModel, *, cuda_graphs: bool = False) -> DecoderPass:
     """Return the fastest pass that does what an LLM's `forward` does.
+
+    Args:
+        llm: on its device.
+        cuda_graphs: record the steps of one on a CUDA device.
 
     Raises:
         ValueError: slots cannot offer what its layers attend to.
@@ -48,7 +52,7 @@ def choose_pass(llm: PreTrainedModel) -> DecoderPass:
     if not _is_llama_like(llm):
         return ModelPass(llm)
     written_out = LlamaPass(llm)
-    return RecordedPass(written_out) if llm.device.type == "cuda" else written_out
+    return RecordedPass(written_out) if cuda_graphs and llm.device.type == "cuda" else written_out
 
 
 class ModelPass:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from server.engine.admission import Ticket
-    from server.transcription import Hypothesis
+    from server.transcription import Hypothesis, Word
 
 EndReason = FinishReason | Literal["failed"]
 """How a request left the engine; `failed`: it was refused, or the model failed on it."""
@@ -56,6 +56,7 @@ class EngineRequest:
         decoding: how to choose its tokens.
         on_piece: told of every token, on the event loop. An answer that somebody listens to is
             not begun again when it loops.
+        with_words: also find out when each word was said, if the checkpoint can.
 
     Raises:
         InvalidRequestError: somebody listens to a beam search, whose best beginning may change
@@ -69,6 +70,7 @@ class EngineRequest:
     prompt: str | None = None
     decoding: Decoding = GREEDY
     on_piece: Callable[[Piece], None] | None = None
+    with_words: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be streamed."""
@@ -96,6 +98,7 @@ class EngineResult:
         logprobs: of the tokens, natural logarithms; None where they were not asked for.
         hypotheses: the n best answers of a beam search, the best, which is `text`, first; empty
             where no more than one was asked for.
+        words: of the text, placed in the clip; None where they were not asked for, or cannot be.
     """
 
     text: str
@@ -110,6 +113,7 @@ class EngineResult:
     batch_size: int
     logprobs: tuple[float, ...] | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
+    words: tuple[Word, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +264,13 @@ class Engine(Protocol):
         """Return what is where."""
 
 
+@dataclass(slots=True, eq=False)
+class Heard:
+    """What a runner keeps of a clip until its words are placed in time; its own business."""
+
+    encoder_frames: object = None
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A clip's sequence, laid out.
@@ -269,12 +280,14 @@ class Plan:
         input_ids: of its prompt, audio positions included.
         max_tokens: cap of the answer.
         decoding: how to choose its tokens.
+        heard: where the runner keeps what `words` needs; None where that is not wanted.
     """
 
     waveform: NDArray[np.float32]
     input_ids: tuple[int, ...]
     max_tokens: int
     decoding: Decoding
+    heard: Heard | None = None
 
 
 class Runner(Protocol):
@@ -311,7 +324,14 @@ class Runner(Protocol):
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
 
-    def plan(self, waveform: NDArray[np.float32], prompt: str | None, decoding: Decoding) -> Plan:
+    def plan(
+        self,
+        waveform: NDArray[np.float32],
+        prompt: str | None,
+        decoding: Decoding,
+        *,
+        with_words: bool = False,
+    ) -> Plan:
         """Lay out a clip's sequence.
 
         Raises:
@@ -350,6 +370,9 @@ class Runner(Protocol):
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of an answer."""
+
+    def words(self, plan: Plan, text: str) -> tuple[Word, ...] | None:
+        """Place a clip's text in time, if its plan asked for it and the checkpoint can."""
 
     def language(self, text: str) -> str | None:
         """ISO 639-1 code of a text, None where the model does not tell."""

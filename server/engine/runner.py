@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,18 +21,20 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
+from model.alignment import ENCODER_FRAME_S, align_words
 from model.encoder import length_mask
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import token_budget
 from model.transcription import Transcriber, identify_language
 from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
-from server.engine.interface import Plan, StartReport
+from server.engine.interface import Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.sampling import TokenSampler, choose_tokens
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
 from server.log import structured
+from server.transcription import Word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,7 +130,7 @@ class SpeechRunner:
         )
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - what one runner needs
         cls,
         model: str,
         device: str,
@@ -135,6 +138,7 @@ class SpeechRunner:
         *,
         max_slots: int,
         kv_cache_bytes: int | None = None,
+        cuda_graphs: bool = False,
     ) -> SpeechRunner:
         """Load a checkpoint.
 
@@ -143,7 +147,10 @@ class SpeechRunner:
         """
         disable_progress_bar()  # a server's stderr is a log
         transcriber = Transcriber.from_pretrained(model, device, dtype)
-        return cls(transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes)
+        make_pass = partial(choose_pass, cuda_graphs=cuda_graphs)
+        return cls(
+            transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes, make_pass=make_pass
+        )
 
     @property
     def max_audio_s(self) -> float:
@@ -182,7 +189,12 @@ class SpeechRunner:
         return frozenset({int(self._processor.tokenizer.eos_token_id), *more})
 
     def plan(
-        self, waveform: NDArray[np.float32], prompt: str | None = None, decoding: Decoding = GREEDY
+        self,
+        waveform: NDArray[np.float32],
+        prompt: str | None = None,
+        decoding: Decoding = GREEDY,
+        *,
+        with_words: bool = False,
     ) -> Plan:
         """Lay out a clip's sequence; nothing touches the device.
 
@@ -190,6 +202,7 @@ class SpeechRunner:
             waveform: (N,) float32, mono, 16 kHz.
             prompt: replaces the checkpoint's own.
             decoding: how to choose its tokens.
+            with_words: keep what places its text in time, if the checkpoint has a CTC head.
 
         Raises:
             InvalidRequestError: prompt, audio and the longest answer do not fit into a slot.
@@ -206,7 +219,8 @@ class SpeechRunner:
                 f"there is room for {room}",
                 param="file" if prompt is None else "prompt",
             )
-        return Plan(waveform, tuple(input_ids.tolist()), max_tokens, decoding)
+        heard = Heard() if with_words and self._model.ctc_head is not None else None
+        return Plan(waveform, tuple(input_ids.tolist()), max_tokens, decoding, heard)
 
     @torch.inference_mode()
     def start(self, plans: Sequence[Plan]) -> StartReport:
@@ -249,6 +263,9 @@ class SpeechRunner:
         waveforms = [plan.waveform for plan in plans]
         features, feature_lens = self._processor.features(waveforms, self._device)
         frames, frame_lens = self._model.encode(features, feature_lens)
+        for plan, row, length in zip(plans, frames, frame_lens.tolist(), strict=True):
+            if plan.heard is not None:
+                plan.heard.encoder_frames = row[:length].clone()  # lets the batch go
         audio = self._model.embed_audio(frames, frame_lens)
         wanted = [plan.input_ids.count(self._audio_token_id) for plan in plans]
         if audio.audio_lens.tolist() != wanted:
@@ -330,6 +347,28 @@ class SpeechRunner:
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of an answer."""
         return self._processor.decode_transcript(token_ids)
+
+    @torch.inference_mode()
+    def words(self, plan: Plan, text: str) -> tuple[Word, ...] | None:
+        """Place a clip's text in time by the CTC head.
+
+        Returns:
+            Words with seconds from the clip's beginning; None where the plan did not ask, the
+            checkpoint has no CTC head, or the text has more tokens than the clip has frames.
+        """
+        frames = plan.heard.encoder_frames if plan.heard is not None else None
+        head = self._model.ctc_head
+        if head is None or not isinstance(frames, torch.Tensor):
+            return None
+        lens = torch.tensor([len(frames)], device=frames.device)
+        adapted = self._model.connector.adapt(frames[None].to(head.weight.dtype), lens)
+        spans = align_words(text, self._processor, head, adapted[0])
+        if spans is None:
+            return None
+        return tuple(
+            Word(span.text, span.start_frame * ENCODER_FRAME_S, span.end_frame * ENCODER_FRAME_S)
+            for span in spans
+        )
 
     def language(self, text: str) -> str | None:
         """ISO 639-1 code of a text where the checkpoint's languages leave no doubt."""

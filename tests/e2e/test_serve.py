@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.recordings import FORMATS, encode, tone
+from tests.recordings import FORMATS, encode, speechlike, tone
 
 LONG_CLIP_S = 29.0
 
@@ -22,12 +22,9 @@ def server(start_server, tiny_checkpoint):
     with start_server(
         "--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1",
         "--max-queue-size", "4", "--max-batch-size", "1", "--upload-idle-timeout-s", "2",
+        "--max-audio-s", "30",
     ) as (process, client):  # fmt: skip
         yield process, client
-
-
-def speechlike(seconds, seed=0):
-    return encode(np.random.default_rng(seed).normal(0, 0.2, round(seconds * 16_000)).clip(-1, 1))
 
 
 def post(client, data, **options):
@@ -83,7 +80,7 @@ def test_hours_of_opus_in_a_small_file_are_refused(server):
 
 def test_health_answers_while_uploads_are_decoded_and_transcribed(server):
     _, client = server
-    clip = encode(tone(LONG_CLIP_S, 44_100, channels=2), 44_100, "mp3")
+    clip = encode(speechlike(LONG_CLIP_S), form="mp3")
     with ThreadPoolExecutor(3) as clients:
         work = [clients.submit(post, client, clip) for _ in range(3)]
         answers = 0
@@ -96,7 +93,7 @@ def test_health_answers_while_uploads_are_decoded_and_transcribed(server):
 
 def test_overload_is_refused_at_once_with_retry_after(server):
     _, client = server
-    clip = speechlike(LONG_CLIP_S)
+    clip = encode(speechlike(LONG_CLIP_S))
     with ThreadPoolExecutor(24) as clients:
         responses = list(clients.map(lambda _: post(client, clip), range(24)))
     statuses = {response.status_code for response in responses}
@@ -110,7 +107,7 @@ def test_overload_is_refused_at_once_with_retry_after(server):
 def test_a_client_that_leaves_frees_its_slot(server):
     _, client = server
     url = urlsplit(str(client.base_url))
-    clip = speechlike(LONG_CLIP_S)
+    clip = encode(speechlike(LONG_CLIP_S))
     request = client.build_request("POST", "/transcribe", files={"file": ("a", clip)})
     body = request.read()
     head = (
@@ -179,7 +176,7 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(start_server, tiny_
         ThreadPoolExecutor(1) as clients,
     ):  # fmt: skip
         # The wait for a fuller batch keeps the request in flight until the signal ends it.
-        work = clients.submit(post, client, encode(tone(1.0)))
+        work = clients.submit(post, client, encode(speechlike(1.0)))
         pause = threading.Event()
         with httpx.Client(base_url=client.base_url) as other:
             while metric(other, "speechllm_requests_waiting") == 0:

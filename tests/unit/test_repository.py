@@ -2,9 +2,11 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path, PurePosixPath
 
@@ -210,3 +212,20 @@ def test_documented_speechllm_commands_exist():
         if subcommands is not None:
             assert rest, f"speechllm {first} needs a subcommand"
             assert rest[0] in subcommands, f"speechllm {first} {rest[0]}"
+
+
+def test_a_wheel_holds_the_page_and_the_types(tmp_path):
+    source = tmp_path / "source"
+    for package in ("model", "server"):
+        shutil.copytree(
+            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    page = {f"server/web/{path.name}" for path in (ROOT / "server" / "web").iterdir()}
+    assert len(page) > 5
+    assert page | {"server/py.typed"} <= packed

@@ -17,7 +17,7 @@ from server.engine.interface import EngineResult, EngineStats
 from server.errors import QueueFullError
 from server.settings import Settings
 from tests.integration.server.serving import error_of, serving, until_ready, upload
-from tests.recordings import FORMATS, encode, tone, with_wav_data_size
+from tests.recordings import FORMATS, encode, speechlike, tone, with_wav_data_size
 
 pytestmark = pytest.mark.anyio
 
@@ -59,10 +59,7 @@ async def test_every_format_is_transcribed(client, form):
 
 
 async def test_the_answer_is_what_the_model_says_of_the_same_clip(client, settings):
-    rng = np.random.default_rng(0)
-    recordings = [
-        encode(rng.normal(0, 0.2, round(16_000 * seconds)).clip(-1, 1)) for seconds in (1.0, 2.5, 4)
-    ]
+    recordings = [encode(speechlike(seconds, seed=2)) for seconds in (1.0, 2.5, 4)]
     responses = await asyncio.gather(*(client.post("/transcribe", **upload(r)) for r in recordings))
     transcriber = Transcriber.from_pretrained(settings.model, "cpu")
     for recording, response in zip(recordings, responses, strict=True):
@@ -73,7 +70,7 @@ async def test_the_answer_is_what_the_model_says_of_the_same_clip(client, settin
 
 
 async def test_a_prompt_reaches_the_model(client, settings):
-    recording = encode(np.random.default_rng(1).normal(0, 0.2, 32_000).clip(-1, 1))
+    recording = encode(speechlike(2.0, seed=2))
     response = await client.post("/transcribe", **upload(recording), data={"prompt": "Юу вэ?"})
     transcriber = Transcriber.from_pretrained(settings.model, "cpu")
     waveform = decode(recording, AudioLimits(30.0)).waveform
@@ -292,11 +289,11 @@ async def test_a_draining_server_finishes_and_takes_no_more(held):
     engine, client = held
     engine.may_start.set()
     await until_ready(client)
-    work = asyncio.create_task(client.post("/transcribe", **upload(encode(tone(0.1)))))
+    work = asyncio.create_task(client.post("/transcribe", **upload(encode(speechlike(0.5)))))
     await engine.submitted.wait()
     client.app.state.runtime.begin_drain()
     assert (await client.get("/health/ready")).json()["status"] == "draining"
-    refused = await client.post("/transcribe", **upload(encode(tone(0.1))))
+    refused = await client.post("/transcribe", **upload(encode(speechlike(0.5))))
     assert (refused.status_code, error_of(refused)["code"]) == (503, "shutting_down")
     engine.may_answer.set()
     assert (await work).json()["text"] == "held"
@@ -307,7 +304,7 @@ async def test_a_full_queue_answers_429_with_retry_after(held):
     engine.may_start.set()
     await until_ready(client)
     engine.refusal = QueueFullError("8 requests are waiting already", retry_after_s=7.0)
-    response = await client.post("/transcribe", **upload(encode(tone(0.1))))
+    response = await client.post("/transcribe", **upload(encode(speechlike(0.5))))
     assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
     assert response.headers["retry-after"] == "7"
 
@@ -317,7 +314,7 @@ async def test_an_unexpected_error_is_a_plain_500(held):
     engine.may_start.set()
     await until_ready(client)
     engine.failure = KeyError("secret detail")
-    response = await client.post("/transcribe", **upload(encode(tone(0.1))))
+    response = await client.post("/transcribe", **upload(encode(speechlike(0.5))))
     assert (response.status_code, error_of(response)["code"]) == (500, "internal_error")
     assert "secret" not in response.text
 
@@ -341,7 +338,7 @@ async def test_a_dead_engine_turns_readiness_off_until_it_runs_again(held):
     engine.is_alive = False
     response = await client.get("/health/ready")
     assert (response.status_code, response.json()["status"]) == (503, "failed")
-    refused = await client.post("/transcribe", **upload(encode(tone(0.1))))
+    refused = await client.post("/transcribe", **upload(encode(speechlike(0.5))))
     assert (refused.status_code, error_of(refused)["code"]) == (503, "not_ready")
     engine.is_alive = True
     assert (await client.get("/health/ready")).status_code == 200
@@ -365,7 +362,7 @@ async def test_much_audio_at_once_is_refused_with_429_before_it_is_decoded(setti
     )
     async with serving(crowded) as client:
         await until_ready(client)
-        clip = encode(np.random.default_rng(0).normal(0, 0.2, 4 * 16_000).clip(-1, 1))
+        clip = encode(speechlike(4.0, seed=2))
         responses = await asyncio.gather(
             *(client.post("/transcribe", **upload(clip)) for _ in range(8))
         )

@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from model.transcription import Transcriber
+from server.audio.decode import decode
+from server.audio.limits import AudioLimits
 from server.cli import app
 from server.settings import Settings
 from tests.recordings import encode, tone
@@ -45,13 +47,21 @@ def test_serve_has_a_flag_for_every_setting(run, monkeypatch):
         assert f"--{name.replace('_', '-')} " in text, name
 
 
-def test_transcribe_prints_what_the_model_says(run, tiny_checkpoint, recording):
-    ended = run("transcribe", recording, "--model", tiny_checkpoint, "--device", "cpu", "--json")
+def transcribe(run, model, *arguments):
+    return run("transcribe", *arguments, "--model", model, "--device", "cpu")
+
+
+def test_transcribe_says_what_the_model_says(run, tiny_checkpoint, recording):
+    ended = transcribe(run, tiny_checkpoint, recording, "--format", "jsonl")
     assert ended.exit_code == 0, ended.output
     line = json.loads(ended.stdout)
-    assert line["file"] == str(recording)
+    clip = decode(recording.read_bytes(), AudioLimits(30.0))
+    (expected,) = (
+        Transcriber.from_pretrained(tiny_checkpoint, "cpu").transcribe([clip.waveform]).transcripts
+    )
+    assert (line["file"], line["text"]) == (str(recording), expected.text)
     assert line["duration"] == pytest.approx(1.0, abs=0.13)
-    assert set(line) == {"file", "text", "language", "duration", "finish_reason"}
+    assert set(line) == {"file", "text", "language", "duration", "timings"}
 
 
 def test_transcribe_goes_on_after_a_bad_file_and_reports_it(
@@ -60,11 +70,63 @@ def test_transcribe_goes_on_after_a_bad_file_and_reports_it(
     letter = tmp_path / "letter.txt"
     letter.write_text("Dear Sir or Madam")
     missing = tmp_path / "missing.wav"
-    ended = run("transcribe", letter, missing, recording, "--model", tiny_checkpoint)
+    ended = transcribe(run, tiny_checkpoint, letter, missing, recording)
     assert ended.exit_code == 1
     assert f"error: {letter}: the file is not audio" in ended.stderr
     assert f"error: {missing}: No such file" in ended.stderr
+    assert ended.stderr.endswith("error: 2 of 3 recordings failed\n")
     assert ended.stdout.startswith(f"{recording}: ")
+
+
+def test_transcribe_writes_files_and_goes_on_where_it_was(
+    run, tiny_checkpoint, recording, tmp_path, monkeypatch
+):
+    output = tmp_path / "out"
+    arguments = [recording, "--format", "srt", "--output", output]
+    assert transcribe(run, tiny_checkpoint, *arguments).exit_code == 0
+    written = output / "tone.srt"
+    assert written.read_text().startswith("1\n00:00:00,000 --> 00:00:01,")
+    written.write_text("kept")
+    again = transcribe(run, tiny_checkpoint, *arguments)
+    assert (again.exit_code, written.read_text()) == (0, "kept")
+    assert "1 recordings are transcribed already" in again.stderr
+    assert transcribe(run, tiny_checkpoint, *arguments, "--overwrite").exit_code == 0
+    assert written.read_text() != "kept"
+
+
+def test_transcribe_reads_standard_input(tiny_checkpoint, recording):
+    command = [sys.executable, "-m", "server.cli", "transcribe", "-", "--format", "verbose_json"]
+    ended = subprocess.run(
+        [*command, "--model", str(tiny_checkpoint), "--device", "cpu"],
+        input=recording.read_bytes(), capture_output=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["task"] == "transcribe"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["{0}", "{0}/../other.wav", "--format", "srt"], "several recordings in srt need --output"),
+        (["{0}", "--language", "fr"], "the language 'fr' is none of this checkpoint's: en, mn"),
+        (["{0}", "--language", "french"], "the field 'language'"),
+        (["{0}", "--server", "http://127.0.0.1:1"], "leave out --model"),
+        (["{0}.d/*.wav"], "no file matches"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_usage_of_transcribe_is_status_2(run, tiny_checkpoint, recording, arguments, reason):
+    filled = [each.format(recording) for each in arguments]
+    ended = transcribe(run, tiny_checkpoint, *filled)
+    assert ended.exit_code == 2, ended.output
+    assert reason in ended.stderr
+
+
+def test_a_server_that_is_not_there_is_one_clear_line(run, recording):
+    ended = run("transcribe", recording, "--server", "http://127.0.0.1:1")
+    assert ended.exit_code == 1
+    assert ended.stderr.startswith("error: http://127.0.0.1:1: cannot connect")
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_info_describes_a_checkpoint(run, tiny_checkpoint):

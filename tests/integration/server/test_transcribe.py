@@ -107,6 +107,20 @@ async def test_what_is_asked_for_is_there_and_nothing_else(client, plain):
     assert all(each["logprob"] <= 0 for each in body["logprobs"])
 
 
+async def test_the_n_best_answers_come_with_their_scores(client):
+    body = (await ask(client, n_best="3")).json()
+    (segment,) = body["segments"]
+    scores = [each["score"] for each in segment["hypotheses"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert segment["hypotheses"][0]["text"] == body["text"]
+
+
+async def test_beams_cannot_be_streamed(client):
+    response = await ask(client, num_beams="2", stream="true")
+    assert (response.status_code, error_of(response)["param"]) == (400, "num_beams")
+
+
 async def test_the_recording_may_be_the_body(client, plain):
     response = await client.post(
         "/transcribe",

@@ -62,10 +62,17 @@ def test_an_iteration_counts_failures_retries_and_who_left():
 )
 def test_a_transcript_counts_by_how_it_ended(text, finish_reason, outcome):
     metrics = Metrics()
-    metrics.transcribed(2.0, result(text, finish_reason), {"decode": 0.01, "total": 0.2})
+    metrics.transcribed(2.0, [result(text, finish_reason)], {"decode": 0.01, "total": 0.2})
     assert sample(metrics, "speechllm_transcripts_total", outcome=outcome) == 1
     assert sample(metrics, "speechllm_stage_seconds_sum", stage="decode") == 0.01
     assert sample(metrics, "speechllm_generated_tokens_total") == 3
+
+
+def test_a_recording_in_which_nobody_speaks_counts_as_such():
+    metrics = Metrics()
+    metrics.transcribed(2.0, [], {"decode": 0.01, "total": 0.2})
+    assert sample(metrics, "speechllm_transcripts_total", outcome="no_speech") == 1
+    assert sample(metrics, "speechllm_clip_seconds_count") == 1
 
 
 def test_unknown_methods_share_one_label():

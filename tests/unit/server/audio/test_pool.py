@@ -30,7 +30,10 @@ async def pool():
 
 async def decode(pool, data, limits=LIMITS, max_excerpt_s=30.0, *, finds_speech=False):
     """Everything that comes out: the excerpts, and the last progress."""
-    stream = pool.stream(data, limits, max_excerpt_s=max_excerpt_s, finds_speech=finds_speech)
+    stream = pool.stream(
+        data, limits, max_clip_s=max_excerpt_s, max_excerpt_s=max_excerpt_s,
+        finds_speech=finds_speech,
+    )  # fmt: skip
     found = [each async for each in stream]
     return [each for each in found if isinstance(each, Excerpt)], found[-1]
 
@@ -107,7 +110,9 @@ async def test_a_caller_that_leaves_costs_no_process(pool):
 async def test_a_reader_who_leaves_a_long_recording_ends_its_process(pool):
     (process_id,) = pool.process_ids
     long = encode(tone(100.0), form="flac")
-    async with contextlib.aclosing(pool.stream(long, LIMITS, max_excerpt_s=5.0)) as stream:
+    async with contextlib.aclosing(
+        pool.stream(long, LIMITS, max_clip_s=5.0, max_excerpt_s=5.0)
+    ) as stream:
         assert (await anext(stream)).is_long
     _, end = await decode(pool, encode(tone(0.5)))
     assert end.decoded_s == 0.5
@@ -117,7 +122,7 @@ async def test_a_reader_who_leaves_a_long_recording_ends_its_process(pool):
 async def test_a_slow_reader_holds_up_the_decoder_and_nobody_else(pool):
     (process_id,) = pool.process_ids
     long = encode(tone(100.0), form="flac")
-    stream = pool.stream(long, LIMITS, max_excerpt_s=5.0, finds_speech=False)
+    stream = pool.stream(long, LIMITS, max_clip_s=5.0, max_excerpt_s=5.0, finds_speech=False)
     async with contextlib.aclosing(stream):
         assert (await anext(stream)).is_long
         # Only another process can decode this one.
@@ -139,7 +144,7 @@ async def test_an_hour_takes_no_more_memory_than_a_minute(pool):
     limits = AudioLimits(max_audio_s=3600.0)
     await decode(pool, encode(tone(60.0)), max_excerpt_s=30.0)
     before_kib = peak_kib(process_id)
-    stream = pool.stream(hour, limits, max_excerpt_s=30.0, finds_speech=False)
+    stream = pool.stream(hour, limits, max_clip_s=30.0, max_excerpt_s=30.0, finds_speech=False)
     samples = 0
     async with contextlib.aclosing(stream):
         async for each in stream:

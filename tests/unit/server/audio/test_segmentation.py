@@ -112,7 +112,11 @@ def test_silence_is_left_out_and_a_pause_parts_excerpts():
 
 def test_what_fits_stays_in_one_piece():
     samples = np.concatenate([np.zeros(8000, np.float32), speechlike(3.0), np.zeros(8000, "f4")])
-    found = list(excerpts([samples[:20_000], samples[20_000:]], max_samples=len(samples)))
+    found = list(
+        excerpts(
+            [samples[:20_000], samples[20_000:]], whole_samples=len(samples), max_samples=80_000
+        )
+    )
     (excerpt,) = [each for each in found if isinstance(each, Excerpt)]
     np.testing.assert_array_equal(excerpt.waveform, samples)
     assert excerpt.start == 0
@@ -125,18 +129,20 @@ def test_what_fits_stays_in_one_piece():
 def test_where_nobody_speaks_there_is_no_excerpt(seconds):
     rng = np.random.default_rng(0)
     samples = rng.normal(0, 0.2, round(seconds * 16_000)).astype(np.float32)
-    found = list(excerpts([samples], max_samples=80_000))
+    found = list(excerpts([samples], whole_samples=80_000, max_samples=80_000))
     assert all(isinstance(each, Progress) for each in found)
     assert found[-1].is_done
     assert found[-1].decoded_s == seconds
-    everything = list(excerpts([samples], max_samples=80_000, finds_speech=False))
+    everything = list(
+        excerpts([samples], whole_samples=80_000, max_samples=80_000, finds_speech=False)
+    )
     lengths = [len(each.waveform) for each in everything if isinstance(each, Excerpt)]
     assert sum(lengths) == len(samples)
 
 
 def test_a_long_recording_says_so_before_it_is_cut():
     blocks = [speechlike(1.0, seed) for seed in range(12)]
-    found = list(excerpts(blocks, max_samples=80_000))
+    found = list(excerpts(blocks, whole_samples=80_000, max_samples=64_000))
     assert found[0] == Progress(6.0, is_long=True)
     assert found[-1] == Progress(12.0, is_long=True, is_done=True)
     assert len([each for each in found if isinstance(each, Excerpt)]) >= 2

@@ -280,3 +280,29 @@ def test_on_cuda_in_fp32_the_answers_are_those_of_generate(tiny_checkpoint):
     assert [driver.said[i].token_ids for i in range(4)] == [
         generate_alone(on_cpu, c) for c in clips
     ]
+
+
+def test_words_are_placed_within_their_clip_and_only_where_they_are_asked_for(transcriber):
+    runner = SpeechRunner(transcriber, max_slots=2)
+    plans = [
+        runner.plan(noise(1.5, seed=1), with_words=True),
+        runner.plan(noise(3.0, seed=2)),
+    ]
+    runner.start(plans)
+    words = runner.words(plans[0], "Where did you")
+    assert [word.text for word in words] == ["Where", "did", "you"]
+    edges_s = [edge_s for word in words for edge_s in (word.start_s, word.end_s)]
+    assert edges_s == sorted(edges_s)
+    assert 0 <= edges_s[0] < edges_s[-1] <= 1.5
+    assert runner.words(plans[1], "Where did you") is None
+    assert runner.words(plans[0], "Where did you find that apple? " * 10) is None
+
+
+def test_words_are_the_same_in_any_batch(transcriber):
+    runner = SpeechRunner(transcriber, max_slots=4)
+    clip = noise(1.5, seed=1)
+    alone = runner.plan(clip, with_words=True)
+    runner.start([alone])
+    beside = runner.plan(clip, with_words=True)
+    runner.start([runner.plan(noise(3.0, seed=2)), beside])
+    assert runner.words(alone, "Where did you") == runner.words(beside, "Where did you")

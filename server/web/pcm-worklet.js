@@ -1,0 +1,23 @@
+// Runs in the audio thread: gathers the microphone's samples into blocks of 100 ms or so.
+
+const BLOCK = 2048;
+
+class Gatherer extends AudioWorkletProcessor {
+  #block = new Float32Array(BLOCK);
+  #filled = 0;
+
+  process([[channel]]) {
+    if (!channel) return true;
+    for (const sample of channel) {
+      this.#block[this.#filled++] = sample;
+      if (this.#filled === BLOCK) {
+        this.port.postMessage(this.#block);
+        this.#block = new Float32Array(BLOCK);
+        this.#filled = 0;
+      }
+    }
+    return true;
+  }
+}
+
+registerProcessor("gatherer", Gatherer);

@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from server.cli.recordings import Recording
+from server.cli.transcribers import TranscriptionFailedError
+from server.cli.transcripts import JsonLines, StandardOutput, TranscriptFiles
+
+A, B, C = (Recording(f"calls/{name}.wav", Path(f"{name}.wav"), Path(name)) for name in "abc")
+FAILED = TranscriptionFailedError("the file is not audio", "audio_unrecognised")
+
+
+def test_a_file_appears_whole_where_its_recording_lies(tmp_path):
+    deep = Recording("calls/1/a.b.wav", Path("a.b.wav"), Path("1/a.b"))
+    files = TranscriptFiles(tmp_path, "srt", overwrite=False)
+    assert not files.has(deep)
+    files.write(deep, "1\n")
+    assert files.has(deep)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["1/a.b.srt"]
+    assert not TranscriptFiles(tmp_path, "srt", overwrite=True).has(deep)
+    assert not TranscriptFiles(tmp_path, "vtt", overwrite=False).has(deep)
+
+
+def lines_of(folder):
+    text = (folder / "transcripts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_lines_go_on_after_a_run_that_was_broken_off(tmp_path):
+    first = JsonLines(tmp_path, overwrite=False)
+    first.write(A, '{"text": "Өнөөдөр"}')
+    first.fail(B, FAILED)
+    first.close()
+    with (tmp_path / "transcripts.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"file": "calls/c.wav", "te')
+    again = JsonLines(tmp_path, overwrite=False)
+    assert [again.has(each) for each in (A, B, C)] == [True, False, False]
+    again.write(B, '{"text": "better"}')
+    again.close()
+    assert lines_of(tmp_path) == [
+        {"file": "calls/a.wav", "text": "Өнөөдөр"},
+        {"file": "calls/b.wav", "text": "better"},
+    ]
+
+
+def test_a_line_of_an_error_says_why(tmp_path):
+    lines = JsonLines(tmp_path, overwrite=False)
+    lines.fail(A, FAILED)
+    lines.close()
+    (line,) = lines_of(tmp_path)
+    assert line["error"] == {"message": "the file is not audio", "code": "audio_unrecognised"}
+
+
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path):
+    (tmp_path / "transcripts.jsonl").write_text("my notes\n")
+    with pytest.raises(ValueError, match="line 1 is no transcript"):
+        JsonLines(tmp_path, overwrite=False)
+    assert (tmp_path / "transcripts.jsonl").read_text() == "my notes\n"
+
+
+def test_transcripts_are_printed_in_order_however_they_come(capsys):
+    output = StandardOutput([A, B, C], "text")
+    output.write(C, "third\n")
+    output.fail(B, FAILED)
+    assert capsys.readouterr().out == ""
+    output.write(A, "first")
+    assert capsys.readouterr().out == "calls/a.wav: first\ncalls/c.wav: third\n"
+
+
+def test_a_single_transcript_is_printed_as_it_is(capsys):
+    StandardOutput([A], "srt").write(A, "1\n00:00:00,000 --> 00:00:01,000\nHi\n\n")
+    assert capsys.readouterr().out.endswith("\nHi\n\n")
