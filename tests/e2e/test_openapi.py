@@ -13,8 +13,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.recordings import encode
-from tests.speech_models import noise
+from tests.recordings import encode, speechlike
 
 TIMEOUT_S = 180
 CLIP = encode(speechlike(0.3))

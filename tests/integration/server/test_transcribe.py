@@ -15,8 +15,7 @@ from server.engine.interface import EngineResult, EngineStats, Piece
 from server.errors import InferenceFailedError
 from server.settings import Settings
 from tests.integration.server.serving import error_of, serving, until_ready, upload
-from tests.recordings import encode, tone
-from tests.speech_models import noise
+from tests.recordings import encode, speechlike, tone
 
 pytestmark = pytest.mark.anyio
 
@@ -174,7 +173,7 @@ async def test_bodies_that_are_no_recording_are_refused(client, media_type, cont
 
 
 async def test_several_files_are_answered_in_order_each_for_itself(client, plain):
-    other = encode(noise(0.7, seed=3).clip(-1, 1))
+    other = encode(speechlike(0.7, seed=3))
     files = [("file", (name, data)) for name, data in
              [("a", CLIP), ("b", b"no audio" * 9), ("c", other), ("d", CLIP)]]  # fmt: skip
     response = await client.post("/transcribe", files=files)
