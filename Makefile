@@ -12,7 +12,7 @@ PORT ?= 8000
 MODEL ?= weights/default
 DEVICE ?= auto
 
-.PHONY: serve test check bench bench-gpu setup
+.PHONY: serve test check bench bench-gpu docs setup
 
 serve: $(STAMP)
 	exec $(BIN)/speechllm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)" --device "$(DEVICE)"
@@ -36,6 +36,9 @@ bench: $(STAMP)
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 setup: $(STAMP)
 
 # The lock lets two of these run side by side; the second finds the first one's work done. setuptools is installed
@@ -47,5 +50,5 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "Installing into $(VENV); the first time this downloads torch and takes minutes"; \
 	$(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools; \
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,tensorboard]'; \
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,docs,tensorboard]'; \
 	touch $@

@@ -97,12 +97,15 @@ class Caller:
         if self.owner == ANONYMOUS:
             return await self._run(recording, options, on_event)
         timeout_s = self.runtime.settings.request_timeout_s
-        deadline_s = time.monotonic() + min(timeout_s, options.deadline_s or timeout_s)
+        began_s = time.monotonic()
         async with self.runtime.turnstile.pass_through(self.owner, claimed_s):
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
+            waited_s = time.monotonic() - began_s
+            if waited_s >= min(timeout_s, options.deadline_s or timeout_s):
                 raise DeadlineExceededError("the request still waited for its turn")
-            return await self._run(recording, replace(options, deadline_s=left_s), on_event)
+            # The server's own limit grows with the recording; only the client's is for all of it.
+            if options.deadline_s is not None:
+                options = replace(options, deadline_s=options.deadline_s - waited_s)
+            return await self._run(recording, options, on_event)
 
     async def _run(
         self,

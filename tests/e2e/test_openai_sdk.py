@@ -9,10 +9,9 @@ import srt
 import webvtt
 from openai import AsyncOpenAI, OpenAI
 
-from tests.recordings import encode
-from tests.speech_models import noise
+from tests.recordings import encode, speechlike
 
-CLIP = encode(noise(1.5).clip(-1, 1))
+CLIP = encode(speechlike(1.5))
 KEY, OTHER_KEY = "alice-0123456789abcdef", "bob-0123456789abcdefgh"
 
 

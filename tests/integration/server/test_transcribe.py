@@ -15,12 +15,11 @@ from server.engine.interface import EngineResult, EngineStats, Piece
 from server.errors import InferenceFailedError
 from server.settings import Settings
 from tests.integration.server.serving import error_of, serving, until_ready, upload
-from tests.recordings import encode, tone
-from tests.speech_models import noise
+from tests.recordings import encode, speechlike, tone
 
 pytestmark = pytest.mark.anyio
 
-CLIP = encode(noise(1.5).clip(-1, 1))
+CLIP = encode(speechlike(1.5))
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdefgh"
 
 
@@ -107,6 +106,20 @@ async def test_what_is_asked_for_is_there_and_nothing_else(client, plain):
     assert all(each["logprob"] <= 0 for each in body["logprobs"])
 
 
+async def test_the_n_best_answers_come_with_their_scores(client):
+    body = (await ask(client, n_best="3")).json()
+    (segment,) = body["segments"]
+    scores = [each["score"] for each in segment["hypotheses"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert segment["hypotheses"][0]["text"] == body["text"]
+
+
+async def test_beams_cannot_be_streamed(client):
+    response = await ask(client, num_beams="2", stream="true")
+    assert (response.status_code, error_of(response)["param"]) == (400, "num_beams")
+
+
 async def test_the_recording_may_be_the_body(client, plain):
     response = await client.post(
         "/transcribe",
@@ -160,7 +173,7 @@ async def test_bodies_that_are_no_recording_are_refused(client, media_type, cont
 
 
 async def test_several_files_are_answered_in_order_each_for_itself(client, plain):
-    other = encode(noise(0.7, seed=3).clip(-1, 1))
+    other = encode(speechlike(0.7, seed=3))
     files = [("file", (name, data)) for name, data in
              [("a", CLIP), ("b", b"no audio" * 9), ("c", other), ("d", CLIP)]]  # fmt: skip
     response = await client.post("/transcribe", files=files)
@@ -187,7 +200,7 @@ async def test_a_language_the_checkpoint_does_not_name_is_refused(client):
 
 
 async def test_a_deadline_that_cannot_be_kept_is_504(client):
-    response = await ask(client, encode(noise(20.0).clip(-1, 1)), deadline_ms="1")
+    response = await ask(client, encode(speechlike(20.0)), deadline_ms="1")
     assert (response.status_code, error_of(response)["code"]) == (504, "deadline_exceeded")
 
 
