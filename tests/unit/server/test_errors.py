@@ -18,7 +18,7 @@ def test_every_error_has_a_status_and_a_code_of_its_own():
 
 def test_a_clients_fault_is_4xx_and_ours_is_5xx():
     for error, kind in ERROR_TABLE.items():
-        too_many = {errors.QueueFullError, errors.RateLimitedError}
+        too_many = {errors.QueueFullError, errors.RateLimitedError, errors.BufferFullError}
         is_clients = issubclass(error, errors.RequestError) or error in too_many
         assert kind.status // 100 == (4 if is_clients else 5), error
 
