@@ -15,7 +15,6 @@ import time
 import uuid
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from server.audio.clip import Progress
     from server.audio.turns import TurnEvent
     from server.engine.admission import Ticket
     from server.engine.interface import Engine, EngineResult
@@ -118,11 +118,13 @@ class SessionLimits:
         max_buffer_s: most audio that is held untranscribed.
         partial_interval_s: audio between two transcripts of a turn that goes on; 0 for none.
         request_timeout_s: until a piece of a turn is given up.
+        max_piece_s: longest piece of a turn, if the engine takes as much.
     """
 
     max_buffer_s: float
     partial_interval_s: float
     request_timeout_s: float
+    max_piece_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +331,7 @@ class RealtimeSession:
             self._finder = TurnFinder(
                 SpeechDetector(),
                 self.config.vad,
-                max_samples=int(self._engine.max_audio_s * SAMPLE_RATE_HZ),
+                max_samples=self._piece_samples,
                 growth_samples=round(self._limits.partial_interval_s * SAMPLE_RATE_HZ),
                 position=self._heard,
             )
@@ -498,11 +500,21 @@ class RealtimeSession:
 
     async def _transcribe_whole(self, item: _Item, waveform: NDArray[np.float32]) -> None:
         self._running_samples = len(waveform)
-        max_samples = int(self._engine.max_audio_s * SAMPLE_RATE_HZ)
-        cut = partial(excerpts, [waveform], whole_samples=max_samples, max_samples=max_samples)
-        for found in await asyncio.to_thread(lambda: list(cut())):
+        for found in await asyncio.to_thread(self._cut, waveform):
             if isinstance(found, Excerpt):
                 await self._transcribe(item, found.waveform)
+
+    def _cut(self, waveform: NDArray[np.float32]) -> list[Excerpt | Progress]:
+        """Cut as an upload is cut."""
+        whole_samples = int(self._engine.max_audio_s * SAMPLE_RATE_HZ)
+        return list(
+            excerpts([waveform], whole_samples=whole_samples, max_samples=self._piece_samples)
+        )
+
+    @property
+    def _piece_samples(self) -> int:
+        """Longest piece of what is cut."""
+        return int(min(self._engine.max_audio_s, self._limits.max_piece_s) * SAMPLE_RATE_HZ)
 
     async def _transcribe(
         self, item: _Item, waveform: NDArray[np.float32], *, is_cut: bool = False

@@ -130,5 +130,6 @@ def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBod
         answers += [
             LogprobBody(token=piece.decode(errors="replace"), bytes=list(piece), logprob=logprob)
             for piece, logprob in zip(pieces, segment.logprobs or (), strict=False)
+            if piece  # special tokens are no text
         ]
     return answers

@@ -105,6 +105,7 @@ async def transcribe_live(websocket: WebSocket) -> None:
                 max_buffer_s=runtime.settings.realtime_max_buffer_s,
                 partial_interval_s=runtime.settings.realtime_partial_interval_ms / 1000,
                 request_timeout_s=runtime.settings.request_timeout_s,
+                max_piece_s=runtime.settings.max_excerpt_s,
             ),
             runtime.metrics,
             id_=connection.id,

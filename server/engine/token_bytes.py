@@ -15,13 +15,16 @@ class TokenBytes:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Find out whether its tokens are spelt in bytes."""
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
         steps = decoder.get("decoders", [decoder])
         is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
         self._bytes = _byte_alphabet() if is_byte_level else None
 
     def __call__(self, token_id: int) -> bytes:
-        """Return a token's bytes, UTF-8 when put together."""
+        """Return a token's bytes, UTF-8 when put together; a special token writes none."""
+        if token_id in self._special_ids:
+            return b""
         if self._bytes is not None:
             piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
             if all(letter in self._bytes for letter in piece):

@@ -30,7 +30,7 @@ def anyio_backend():
 
 @pytest.fixture(scope="module")
 def settings(tiny_checkpoint):
-    return Settings(model=str(tiny_checkpoint), device="cpu", decode_workers=1)
+    return Settings(model=str(tiny_checkpoint), device="cpu", decode_workers=1, max_audio_s=30)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,8 @@ async def test_verbose_json_has_segments_and_how_sure_the_model_was(client, plai
     body = (await ask(client, response_format="verbose_json")).json()
     (segment,) = body["segments"]
     assert body["text"] == segment["text"] == plain["text"]
-    assert (segment["start"], segment["end"]) == (0.0, body["duration"])
+    assert 0 <= segment["start"] < 0.1  # where the voice begins
+    assert segment["end"] == body["duration"]
     assert segment["avg_logprob"] < 0
     assert set(body["timings"]) == set(plain["timings"])
 

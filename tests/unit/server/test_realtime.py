@@ -91,7 +91,12 @@ async def open_session(engine=None, config=None, charge=None, **limits):
             engine,
             ticket,
             SessionLimits(
-                **{"max_buffer_s": 60.0, "partial_interval_s": 0.5, "request_timeout_s": 60.0}
+                **{
+                    "max_buffer_s": 60.0,
+                    "partial_interval_s": 0.5,
+                    "request_timeout_s": 60.0,
+                    "max_piece_s": 15.0,
+                }
                 | limits
             ),
             Metrics(),

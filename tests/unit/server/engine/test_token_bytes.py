@@ -26,6 +26,10 @@ def test_a_part_of_a_character_is_its_bytes(character):
     assert b"".join(map(token_bytes, ids)) == character.encode()
 
 
+def test_a_special_token_writes_nothing():
+    assert TokenBytes(TOKENIZER)(TOKENIZER.eos_token_id) == b""
+
+
 def test_another_kind_of_tokenizer_tells_its_text():
     words = Tokenizer(models.WordLevel({"hello": 0}, "hello"))
     words.decoder = decoders.Fuse()
