@@ -22,16 +22,19 @@ export async function about() {
 
 /**
  * Transcribe a file. `fields` are the form's; `onText` is told the text so far.
- * Returns the last event: the whole answer. Raises ApiError, or AbortError through `signal`.
+ * Returns the whole answer. Raises ApiError, or AbortError through `signal`.
  */
 export async function transcribe(file, fields, { onText, signal }) {
   const form = new FormData();
   form.append("file", file, file.name);
   for (const [name, value] of Object.entries(fields)) form.append(name, value);
-  form.append("stream", "true");
+  // Several answers come of a beam search, which knows its text at its end only.
+  const streams = !(fields.n_best > 1);
+  form.append("stream", String(streams));
   const headers = apiKey.get() ? { Authorization: `Bearer ${apiKey.get()}` } : {};
   const response = await answered(() => fetch("transcribe", { method: "POST", body: form, headers, signal }));
   if (!response.ok) throw await refusal(response);
+  if (!streams) return answered(() => response.json());
   let text = "";
   for await (const event of events(response)) {
     if (event.error) throw apiError(event.error, response.status);

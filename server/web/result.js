@@ -221,7 +221,7 @@ function alternatives(hypotheses) {
   for (const { text, score } of hypotheses) {
     list.append(element("li", {}, `${text || "(nothing)"} — ${Math.round(100 * Math.exp(score))} %`));
   }
-  details.append(element("summary", {}, `${hypotheses.length} alternatives`), list);
+  details.append(element("summary", {}, `${hypotheses.length} alternatives, and how sure of their tokens`), list);
   return details;
 }
 

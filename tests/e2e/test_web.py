@@ -152,6 +152,19 @@ def test_a_file_is_transcribed_as_the_api_does(open_page, server, speech):
         assert page.evaluate("document.querySelector('article canvas').width") > 0
 
 
+def test_alternatives_are_listed_the_best_first(open_page, speech):
+    with open_page() as page:
+        page.get_by_text("Options").click()
+        page.select_option("#n-best", "3")
+        card = transcribe(page, speech)
+        segment = card.locator(".segment").first
+        segment.get_by_text("3 alternatives").click()
+        answers = segment.locator("li").all_inner_texts()
+        assert len(answers) == 3
+        assert answers[0].startswith(segment.locator("p").first.inner_text())
+        assert all(answer.endswith(" %") for answer in answers)
+
+
 def test_clicks_and_keys_seek_the_audio(open_page, speech):
     with open_page() as page:
         card = transcribe(page, speech)
