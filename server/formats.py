@@ -170,8 +170,8 @@ def _verbose_segment(number: int, segment: Segment, temperature: float) -> dict[
     return {
         "id": number,
         "seek": round(_SEEK_PER_S * segment.start_s),
-        "start": segment.start_s,
-        "end": segment.end_s,
+        "start": round(segment.start_s, 3),
+        "end": round(segment.end_s, 3),
         "text": segment.text,
         "tokens": list(segment.token_ids),
         "temperature": temperature,
@@ -188,7 +188,7 @@ def _words(transcription: Transcription) -> list[dict[str, Any]] | None:
     if segments and all(segment.words is None for segment in segments):
         return None
     return [
-        {"word": word.text, "start": word.start_s, "end": word.end_s}
+        {"word": word.text, "start": round(word.start_s, 3), "end": round(word.end_s, 3)}
         for segment in segments
         for word in segment.words or ()
     ]

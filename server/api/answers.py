@@ -105,8 +105,8 @@ def _timings(transcription: Transcription) -> Timings:
 
 def _segment(segment: Segment, *, words: bool, hypotheses: bool) -> SegmentBody:
     body = SegmentBody(
-        start=segment.start_s,
-        end=segment.end_s,
+        start=round(segment.start_s, 3),
+        end=round(segment.end_s, 3),
         text=segment.text,
         finish_reason=segment.finish_reason,
     )
@@ -120,7 +120,7 @@ def _segment(segment: Segment, *, words: bool, hypotheses: bool) -> SegmentBody:
 
 
 def _word(word: Word) -> WordBody:
-    return WordBody(word=word.text, start=word.start_s, end=word.end_s)
+    return WordBody(word=word.text, start=round(word.start_s, 3), end=round(word.end_s, 3))
 
 
 def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBody]:
