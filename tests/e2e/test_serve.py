@@ -134,7 +134,7 @@ def test_a_client_that_leaves_a_stream_frees_its_slot(server):
     left = 'speechllm_requests_total{endpoint="/transcribe",method="POST",status="499"}'
     cancelled = 'speechllm_engine_requests_total{reason="cancelled"}'
     before = metric(client, left), metric(client, cancelled)
-    clip = speechlike(LONG_CLIP_S)
+    clip = encode(speechlike(LONG_CLIP_S))
     files = {"file": ("a", clip)}
     with (
         httpx.Client(base_url=client.base_url, timeout=60) as other,
