@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make weights/default from nothing but the recordings, the text and the published Whisper tiny.en
-# encoder. Every step resumes where a killed run stopped; the stages took about two hours and a half in
-# all on two cores of a server CPU with bf16 matrix units (AMX), with other work beside.
+# encoder. Every step resumes where a killed run stopped; the stages took about three hours and a
+# quarter in all on two cores of a server CPU with bf16 matrix units (AMX), with other work beside.
 #
 #   recipes/default/run.sh DATA WORK
 #
