@@ -8,6 +8,7 @@ This command is FastAPI over `generate`, one upload after another. The other pee
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import os
@@ -15,8 +16,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -121,20 +122,25 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     sys.exit(f"error: {url} was not ready within {READY_TIMEOUT_S:g} s")
 
 
-def sequential_app(transcriber: Transcriber) -> FastAPI:
+def sequential_app(transcriber: Transcriber, threads: int = 0) -> FastAPI:
     """Make an app that transcribes one upload at a time, off the event loop."""
     app = FastAPI()
-    turn = threading.Lock()
+    # One thread, always the same: every thread that computes would bring up a team of its own.
+    device_thread = ThreadPoolExecutor(1, initializer=use_cpu_threads, initargs=(threads,))
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
         return {"status": "live"}
 
+    def generate(upload: bytes) -> str:
+        waveform, _ = soundfile.read(io.BytesIO(upload), dtype="float32")
+        return transcriber.transcribe([waveform]).transcripts[0].text
+
     @app.post("/transcribe")
-    def transcribe(file: UploadFile) -> dict[str, str]:
-        waveform, _ = soundfile.read(io.BytesIO(file.file.read()), dtype="float32")
-        with turn:
-            return {"text": transcriber.transcribe([waveform]).transcripts[0].text}
+    async def transcribe(file: UploadFile) -> dict[str, str]:
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(device_thread, generate, await file.read())
+        return {"text": text}
 
     return app
 
@@ -148,7 +154,7 @@ def main(
 ) -> None:
     """Serve one upload after another."""
     use_cpu_threads(threads)
-    app = sequential_app(Transcriber.from_pretrained(model, device, dtype))
+    app = sequential_app(Transcriber.from_pretrained(model, device, dtype), threads)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
