@@ -100,7 +100,7 @@ def main(
                 name = f"clips of {CLIP_S:g} s over HTTP, clients: {clients}, RTFx"
                 rows.append([name, f"{measurement.rtfx:.0f}", f"{aim:.0f}"])
     print(markdown_table(["", "measured", "to reach"], rows))  # noqa: T201 - the command's answer
-    print(describe_machine())  # noqa: T201
+    print(describe_machine())  # noqa: T201 - the command's answer
 
 
 if __name__ == "__main__":

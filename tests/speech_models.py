@@ -79,7 +79,7 @@ def search_alone(transcriber, waveform, num_beams, **request):
 
 
 @torch.inference_mode()
-def _generate(transcriber, waveform, options, *, prompt=None, max_tokens=None, penalty=1.0):  # noqa: PLR0913
+def _generate(transcriber, waveform, options, *, prompt=None, max_tokens=None, penalty=1.0):  # noqa: PLR0913 - generate's options
     processor, model = transcriber.processor, transcriber.model
     budget = token_budget(transcriber.config, waveform.size / SAMPLE_RATE_HZ)
     inputs = processor(waveform, prompt=prompt)

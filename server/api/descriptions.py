@@ -57,11 +57,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _error(status: int) -> dict[str, Any]:
     code, message, param, description = _STATUSES[status]
-    family = "invalid_request_error" if status < 429 else "capacity_error"  # noqa: PLR2004
+    family = "invalid_request_error" if status < 429 else "capacity_error"  # noqa: PLR2004 - HTTP statuses
     example = {
         "error": {
             "message": message,
-            "type": "internal_error" if status == 500 else family,  # noqa: PLR2004
+            "type": "internal_error" if status == 500 else family,  # noqa: PLR2004 - HTTP statuses
             "code": code,
             "param": param,
             "request_id": "6a0f4bd2c5ab4b2e9f5e6d1c2b3a4958",
@@ -72,7 +72,7 @@ def _error(status: int) -> dict[str, Any]:
         "description": description,
         "content": {"application/json": {"example": example}},
     }
-    if status == 429:  # noqa: PLR2004
+    if status == 429:  # noqa: PLR2004 - HTTP statuses
         answer["headers"] = {
             "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}
         }

@@ -21,7 +21,7 @@ async def serving(settings, engine=None):
 
 
 async def until_ready(client):
-    while (await client.get("/health/ready")).json()["status"] == "loading":  # noqa: ASYNC110
+    while (await client.get("/health/ready")).json()["status"] == "loading":  # noqa: ASYNC110 - a state, no event
         await asyncio.sleep(0.02)
 
 

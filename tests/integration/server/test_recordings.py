@@ -36,7 +36,7 @@ async def runtime():
     )  # fmt: skip
     app = create_app(settings)
     async with app.router.lifespan_context(app):
-        while app.state.runtime.state == "loading":  # noqa: ASYNC110
+        while app.state.runtime.state == "loading":  # noqa: ASYNC110 - a state, no event
             await asyncio.sleep(0.02)
         yield app.state.runtime
 
@@ -213,7 +213,7 @@ async def test_a_checkpoint_without_a_ctc_head_says_that_its_times_are_of_segmen
     make_tiny_checkpoint(tmp_path / "tiny", ctc="none")
     app = create_app(Settings(model=str(tmp_path / "tiny"), device="cpu", decode_workers=1))
     async with app.router.lifespan_context(app):
-        while app.state.runtime.state == "loading":  # noqa: ASYNC110
+        while app.state.runtime.state == "loading":  # noqa: ASYNC110 - a state, no event
             await asyncio.sleep(0.02)
         found = await transcribe(app.state.runtime, speechlike(1.0), timestamps="word")
     assert found.alignment == "segment"
