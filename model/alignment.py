@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from model.ctc import CTCHead
     from model.processing import SpeechLLMProcessor
 
 ENCODER_FRAME_S = 0.02
@@ -37,24 +38,24 @@ class WordSpan:
 
 
 def token_scores(
-    ctc_head: nn.Linear, encoder_frames: Tensor, token_ids: Sequence[int], blank_id: int
+    ctc_head: nn.Linear, encoder_frames: Tensor, indices: Sequence[int], blank: int
 ) -> NDArray[np.float32]:
     """Score a transcript's tokens, and the blank, in every frame.
 
     A frame's scores lack the logarithm of its softmax's sum. Every path adds it once for each
-    frame, so the best one is the same, and the other entries of the vocabulary, up to hundreds of
-    thousands, are never computed.
+    frame, so the best one is the same, and the head's other outputs, up to hundreds of thousands,
+    are never computed.
 
     Args:
-        ctc_head: (D -> vocabulary).
+        ctc_head: (D -> its outputs).
         encoder_frames: (F, D) valid frames of one clip.
-        token_ids: (L,) of its transcript.
-        blank_id: the blank's.
+        indices: (L,) of its transcript's tokens among the outputs.
+        blank: the blank's.
 
     Returns:
         (F, 1 + L): the blank's logits, then the tokens'.
     """
-    rows = [blank_id, *token_ids]
+    rows = [blank, *indices]
     weight = ctc_head.weight[rows]
     logits = encoder_frames.to(weight.dtype) @ weight.T
     if ctc_head.bias is not None:
@@ -114,20 +115,25 @@ def align_tokens(
 
 
 def word_spans(
-    text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
+    text: str,
+    offsets: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int] | None],
+    n_frames: int,
 ) -> list[WordSpan]:
     """Put tokens together to words, which whitespace parts.
 
     Args:
         text: the transcript.
         offsets: where in it each token begins and ends, characters.
-        spans: frames of each token.
+        spans: frames of each token; None for one that the head cannot hear.
+        n_frames: of the clip.
 
     Returns:
         The words of the text in order. In a script that writes no spaces, whatever stands between
-        two of them is a word.
+        two of them is a word. Words of which no token was heard share in equal parts what their
+        neighbours leave.
     """
-    words = []
+    texts, placed = [], []
     for match in re.finditer(r"\S+", text):
         own = [
             span
@@ -135,14 +141,28 @@ def word_spans(
             if start < match.end() and end > match.start()
         ]
         if own:
-            words.append(WordSpan(match.group(), own[0][0], own[-1][1]))
-    return words
+            heard = [span for span in own if span is not None]
+            texts.append(match.group())
+            placed.append((heard[0][0], heard[-1][1]) if heard else None)
+    between = _fill_gaps(placed, n_frames)
+    return [WordSpan(word, *span) for word, span in zip(texts, between, strict=True)]
+
+
+def _fill_gaps(spans: Sequence[tuple[int, int] | None], n_frames: int) -> list[tuple[int, int]]:
+    edges = {0: 0, len(spans): n_frames}  # frame at which the n-th word begins, or the last ends
+    for index, span in enumerate(spans):
+        if span is not None:  # between two that were heard the later one stands, and is not read
+            edges[index], edges[index + 1] = span
+    at = sorted(edges)
+    frames = np.interp(range(len(spans) + 1), at, [edges[index] for index in at]).round()
+    shared = itertools.pairwise(frames.astype(int).tolist())
+    return [gap if span is None else span for span, gap in zip(spans, shared, strict=True)]
 
 
 def align_words(
     text: str,
     processor: SpeechLLMProcessor,
-    ctc_head: nn.Linear,
+    ctc_head: CTCHead,
     encoder_frames: Tensor,
 ) -> list[WordSpan] | None:
     """Find the frames of each word of a transcript.
@@ -154,13 +174,20 @@ def align_words(
         encoder_frames: (F, D) valid frames of the clip, as the head reads them.
 
     Returns:
-        The words in order; None where the text is too long for the frames.
+        The words in order; None where the text is too long for the frames, or the head covers less
+        than half of its tokens, so that most times would be guesses.
     """
     encoding = processor.tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
-    token_ids = encoding.input_ids
-    blank_id = int(processor.tokenizer.pad_token_id)
-    scores = token_scores(ctc_head, encoder_frames, token_ids, blank_id)
-    spans = align_tokens(scores, token_ids)
-    return None if spans is None else word_spans(text, encoding.offset_mapping, spans)
+    covered = ctc_head.covered()
+    indices = [covered.get(token) for token in encoding.input_ids]
+    heard = [index for index in indices if index is not None]
+    if 2 * len(heard) < len(indices):
+        return None
+    found = align_tokens(token_scores(ctc_head, encoder_frames, heard, ctc_head.blank), heard)
+    if found is None:
+        return None
+    remaining = iter(found)
+    spans = [None if index is None else next(remaining) for index in indices]
+    return word_spans(text, encoding.offset_mapping, spans, len(encoder_frames))

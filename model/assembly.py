@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,17 @@ from model.checkpoint import (
     resolve,
 )
 from model.configuration import DEFAULT_PROMPT, SpeechLLMConfig
+from model.ctc import CTCHead
 from model.modeling import SpeechLLMForConditionalGeneration
 from model.processing import SpeechLLMProcessor
 from model.whisper_baseline import CTC_HEAD_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 AUDIO_TOKEN = "<|audio|>"  # noqa: S105 - a vocabulary entry
 
@@ -78,10 +84,29 @@ def prepare_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
+def transcript_tokens(processor: SpeechLLMProcessor, transcripts: Iterable[str]) -> set[int]:
+    """Token ids of transcripts, each as it is and as it stands behind another in a joined clip."""
+    texts = {" "}
+    for text in transcripts:
+        texts |= {text, " " + text}
+    rows = processor.tokenizer(
+        sorted(texts), add_special_tokens=False, split_special_tokens=True
+    ).input_ids
+    return {token for row in rows for token in row}
+
+
+def assemble(
+    parts: Parts, transcripts: Iterable[str] | None = None
+) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
     """Make a speech LLM with a new connector, in fp32.
 
-    A CTC head that lies beside the encoder (`ctc_head.safetensors`) is taken over.
+    Of a CTC head that lies beside the encoder (`ctc_head.safetensors`), what it knows of the LLM's
+    tokens is taken over.
+
+    Args:
+        parts: what it is made of.
+        transcripts: what the model will be trained on. The CTC head covers their tokens if they
+            are less than half of the LLM's vocabulary, else, and with None, all of it.
 
     Raises:
         CheckpointError: a part cannot be used, or the tokenizer needs more ids than the LLM has.
@@ -112,6 +137,18 @@ def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLM
         eos_token_id=tokenizer.eos_token_id,
         languages=list(parts.languages),
     )
+    processor = SpeechLLMProcessor(
+        WhisperFeatureExtractor(feature_size=config.encoder_config.num_mel_bins),
+        tokenizer,
+        connector=config.connector,
+        encoder_mode=config.encoder_mode,
+        prompt=config.prompt,
+    )
+    tokens: set[int] = set()
+    if transcripts is not None and config.ctc != "none":
+        tokens = transcript_tokens(processor, transcripts)
+        if 2 * len(tokens) < llm_config.vocab_size:
+            config.ctc_tokens = 1 + len(tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(parts.seed)
         encoder = (
@@ -124,23 +161,65 @@ def assemble(parts: Parts) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLM
     if config.ctc == "fused":
         # A random connector drowns the token embeddings that the CTC posteriors select.
         model.connector.silence()
-    _take_over_ctc_head(model, encoder_folder / CTC_HEAD_FILE)
+    if model.ctc_head is not None:
+        if config.ctc_tokens is not None:
+            model.ctc_head.choose(tokens)
+        _take_over_ctc_head(model.ctc_head, encoder_folder, config, tokenizer)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
-    processor = SpeechLLMProcessor(
-        WhisperFeatureExtractor(feature_size=config.encoder_config.num_mel_bins),
-        tokenizer,
-        connector=config.connector,
-        encoder_mode=config.encoder_mode,
-        prompt=config.prompt,
     )
     return model, processor
 
 
-def _take_over_ctc_head(model: SpeechLLMForConditionalGeneration, file: Path) -> None:
-    if model.ctc_head is None or not file.exists():
+def _take_over_ctc_head(
+    head: CTCHead,
+    encoder_folder: Path,
+    config: SpeechLLMConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    file = encoder_folder / CTC_HEAD_FILE
+    if not file.exists():
+        return
+    own = load_tokenizer(encoder_folder).get_vocab()
+    if not own.items() <= tokenizer.get_vocab().items():
+        _log.warning(
+            "%s: its tokens are not the LLM's, so the new CTC head does not begin with it", file
+        )
         return
     tensors = read_tensors([file])
-    check_tensors(tensors, model.ctc_head.state_dict(), str(file))
-    model.ctc_head.load_state_dict(tensors)
+    width, n_tokens = config.encoder_config.d_model, config.encoder_config.vocab_size
+    wanted = {"weight": torch.empty(n_tokens, width), "bias": torch.empty(n_tokens)}
+    check_tensors(tensors, wanted, str(file))
+    head.take_over(tensors["weight"], tensors["bias"], range(n_tokens))
+
+
+def cover_transcripts(
+    model: SpeechLLMForConditionalGeneration,
+    processor: SpeechLLMProcessor,
+    transcripts: Iterable[str],
+    seed: int,
+) -> None:
+    """Let the CTC head of a model that is trained further cover the new transcripts' tokens too.
+
+    Args:
+        model: its head, if it has one that does not cover all of them, is replaced by a larger one
+            that knows what it knew.
+        processor: the model's.
+        transcripts: what the model will be trained on.
+        seed: of the new outputs' weights.
+    """
+    head = model.ctc_head
+    if head is None or head.token_ids is None:
+        return
+    known = head.token_ids.tolist()
+    added = transcript_tokens(processor, transcripts) - {*known}
+    if not added:
+        return
+    model.config.ctc_tokens = len(known) + len(added)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.ctc_head = CTCHead(
+            head.in_features, head.vocab_size, known[0], model.config.ctc_tokens
+        )
+    model.ctc_head.choose({*known[1:], *added})
+    model.ctc_head.take_over(head.weight, head.bias, known)

@@ -319,10 +319,18 @@ def load_model(
     tensors = read_tensors([path])
     check_tensors(tensors, own, str(path))
     model.load_state_dict(
-        {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()},
+        {
+            name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        },
         strict=False,
         assign=True,
     )
+    if model.ctc_head is not None:
+        try:
+            model.ctc_head.check()
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     if (folder / "generation_config.json").exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)

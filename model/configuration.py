@@ -24,9 +24,11 @@ class SpeechLLMConfig(PreTrainedConfig):
         llm: the same for the LLM, for example `Qwen/Qwen2.5-0.5B-Instruct`.
         lora: folder of a peft adapter on the LLM, relative to the checkpoint; None without one.
         connector: `{"type": name, …}`, see `model.connectors`.
-        ctc: `none`: no auxiliary head; `auxiliary`: a CTC head over the LLM's vocabulary reads the
+        ctc: `none`: no auxiliary head; `auxiliary`: a CTC head over tokens of the LLM reads the
             encoder; `fused`: and its posteriors, times the LLM's token embeddings, are added to
             the audio embeddings.
+        ctc_tokens: outputs of the CTC head, the blank included, where it covers some of the LLM's
+            vocabulary; its `token_ids` in the checkpoint say which. None: all of it.
         audio_positions: `sequence`: an audio embedding takes the next position, as a token does;
             `ctc`: audio lies beside the text. An embedding stands where the text's token will
             stand that the CTC head hears in it, and the text is numbered as though the audio took
@@ -58,6 +60,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     lora: str | None = None
     connector: Any = None
     ctc: str = "none"
+    ctc_tokens: int | None = None
     audio_positions: str = "sequence"
     encoder_mode: str = "padded"
     prompt: str = DEFAULT_PROMPT
@@ -88,6 +91,12 @@ class SpeechLLMConfig(PreTrainedConfig):
         _check_choice("audio_positions", self.audio_positions, get_args(AudioPositions))
         if self.audio_positions == "ctc" and self.ctc == "none":
             raise ValueError("audio_positions 'ctc' needs a CTC head, and ctc is 'none'")
+        if self.ctc != "none" and self.pad_token_id is None:
+            raise ValueError("a CTC head needs pad_token_id, which stands for its blank")
+        if self.ctc_tokens is not None and (self.ctc == "none" or self.ctc_tokens < 1):
+            raise ValueError(
+                f"ctc_tokens is {self.ctc_tokens}: it must be at least 1, and ctc not 'none'"
+            )
         if not 0 < self.max_audio_s <= 30:  # noqa: PLR2004 - Whisper's window
             raise ValueError(f"max_audio_s must lie in (0, 30], got {self.max_audio_s}")
         if self.max_tokens_per_audio_s <= 0 or self.min_token_budget < 1:

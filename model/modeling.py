@@ -1,13 +1,13 @@
 """The speech LLM: Whisper encoder, connector and a causal LM.
 
 Axis legend: B clips, M mel bins, T mel frames, F encoder frames, N audio embeddings,
-L sequence positions, D width, V vocabulary.
+L sequence positions, D width, V vocabulary, K outputs of the CTC head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from model.configuration import SpeechLLMConfig
 from model.connectors import make_connector
 from model.connectors.stack import stack_frames
-from model.ctc import ctc_token_counts
+from model.ctc import CTCHead, ctc_token_counts
 from model.encoder import encode, length_mask
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def beside_text(is_audio: Tensor, counts: Tensor, attention_mask: Tensor | None)
 
 @dataclass
 class SpeechLLMOutput(CausalLMOutputWithPast):
-    """Causal LM output, with the CTC head's logits (B, F, V) and their lengths (B,) if any."""
+    """Causal LM output, with the CTC head's logits (B, F, K) and their lengths (B,) if any."""
 
     ctc_logits: Tensor | None = None
     frame_lens: Tensor | None = None
@@ -71,7 +71,7 @@ class EmbeddedAudio:
     Attributes:
         audio_embeds: (B, N, D_llm), right-padded.
         audio_lens: (B,) valid embeddings.
-        ctc_logits: (B, F, V) of the CTC head, None without one.
+        ctc_logits: (B, F, K) of the CTC head, None without one.
         frame_lens: (B,) valid encoder frames.
         token_counts: (B, N) tokens that the CTC head has heard by the end of each embedding's
             stretch; None unless `config.audio_positions` is `ctc`.
@@ -118,11 +118,11 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         d_encoder = config.encoder_config.d_model
         d_llm = self.llm.get_input_embeddings().embedding_dim
         self.connector = make_connector(config.connector, d_encoder, d_llm)
-        self.ctc_head: nn.Linear | None = None
+        self.ctc_head: CTCHead | None = None
         if config.ctc != "none":
-            # One logit a row of the embedding table, so that posteriors can be multiplied with it.
             n_rows = self.llm.get_input_embeddings().num_embeddings
-            self.ctc_head = nn.Linear(d_encoder, n_rows)
+            blank_id = cast("int", config.pad_token_id)  # as the configuration checks
+            self.ctc_head = CTCHead(d_encoder, n_rows, blank_id, config.ctc_tokens)
         self.post_init()
 
     def init_weights(self) -> None:
@@ -171,13 +171,15 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoder_frames = encoder_frames.to(next(self.connector.parameters()).dtype)
         adapted = self.connector.adapt(encoder_frames, frame_lens)
         audio_embeds, audio_lens = self.connector(adapted, frame_lens)
-        ctc_logits = self.ctc_head(adapted) if self.ctc_head is not None else None
-        if ctc_logits is not None and self.config.ctc == "fused":
-            audio_embeds = audio_embeds + self._expected_token_embeds(ctc_logits, frame_lens)
-        counts = None
-        if ctc_logits is not None and self.config.audio_positions == "ctc":
-            blank_id, stack_size = self.config.pad_token_id, self.connector.stack_size
-            counts = ctc_token_counts(ctc_logits, frame_lens, blank_id, stack_size)
+        head, ctc_logits, counts = self.ctc_head, None, None
+        if head is not None:
+            ctc_logits = head(adapted)
+            if self.config.ctc == "fused":
+                expected = self._expected_token_embeds(head, ctc_logits, frame_lens)
+                audio_embeds = audio_embeds + expected
+            if self.config.audio_positions == "ctc":
+                stack_size = self.connector.stack_size
+                counts = ctc_token_counts(ctc_logits, frame_lens, head.blank, stack_size)
         return EmbeddedAudio(audio_embeds, audio_lens, ctc_logits, frame_lens, counts)
 
     def audio_position_ids(
@@ -197,20 +199,22 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         counts = torch.zeros_like(input_ids).masked_scatter(is_audio, audio.token_counts[valid])
         return beside_text(is_audio, counts, attention_mask)
 
-    def _expected_token_embeds(self, ctc_logits: Tensor, frame_lens: Tensor) -> Tensor:
+    def _expected_token_embeds(
+        self, head: CTCHead, ctc_logits: Tensor, frame_lens: Tensor
+    ) -> Tensor:
         """Token embeddings expected under the CTC posteriors of each stack (B, N, D_llm).
 
         The blank embeds to nothing, so a stack without a token adds nothing; a stack with more
         than one token holds their mean. Source of the idea: LegoSLM, arXiv 2505.11352.
         """
         posteriors = ctc_logits.float().softmax(-1)
-        tokens = torch.arange(posteriors.shape[-1], device=posteriors.device)
-        posteriors = posteriors * (tokens != self.config.pad_token_id)
+        indices = torch.arange(posteriors.shape[-1], device=posteriors.device)
+        posteriors = posteriors * (indices != head.blank)
         stack_size = self.connector.stack_size
-        stacked = stack_frames(posteriors, frame_lens, stack_size)  # (B, N, S*V)
-        stacked = stacked.unflatten(-1, (stack_size, -1)).sum(-2)  # (B, N, V)
+        stacked = stack_frames(posteriors, frame_lens, stack_size)  # (B, N, S*K)
+        stacked = stacked.unflatten(-1, (stack_size, -1)).sum(-2)  # (B, N, K)
         mass = stacked.sum(-1, keepdim=True).clamp(min=1.0)
-        table: Tensor = self.llm.get_input_embeddings().weight
+        table = head.rows_of(self.llm.get_input_embeddings().weight)  # (K, D_llm)
         expected: Tensor = (stacked / mass).to(table.dtype) @ table
         return expected
 

@@ -196,11 +196,11 @@ class Transcriber:
         return [list(row) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
 
     def _read_ctc(self, frames: Tensor, frame_lens: Tensor) -> list[str | None]:
-        logits = self.model.embed_audio(frames, frame_lens).ctc_logits
-        if logits is None:
+        head, logits = self.model.ctc_head, self.model.embed_audio(frames, frame_lens).ctc_logits
+        if head is None or logits is None:
             return [None] * len(frames)
-        paths = ctc_greedy(logits, frame_lens, self.processor.tokenizer.pad_token_id)
-        return [self.processor.decode_transcript(path) for path in paths]
+        paths = ctc_greedy(logits, frame_lens, head.blank)
+        return [self.processor.decode_transcript(head.to_token_ids(path)) for path in paths]
 
     def _transcript(self, ids: list[int], budget: int, ctc_text: str | None) -> Transcript:
         eos_id = int(self.processor.tokenizer.eos_token_id)

@@ -15,6 +15,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from model.ctc import CTCHead
 from model.log_mel import SAMPLE_RATE_HZ
 from model.processing import token_budget
 from model.transcription import Transcriber
@@ -58,6 +59,16 @@ def make_speech_model(folder: Path, family: str) -> Transcriber:
     else:
         make_tiny_checkpoint(folder, llm_config=FAMILIES[family])
     return Transcriber.from_pretrained(folder, device="cpu")
+
+
+def cover_only(model, tokens):
+    """Give a model, over the whole vocabulary so far, a CTC head that covers these tokens."""
+    whole = model.ctc_head
+    head = CTCHead(whole.in_features, whole.vocab_size, whole.blank, 1 + len(tokens))
+    head.choose(tokens)
+    head.take_over(whole.weight, whole.bias, range(whole.vocab_size))
+    model.ctc_head, model.config.ctc_tokens = head, head.out_features
+    return model
 
 
 def noise(seconds, seed=0):

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from model.ctc import CTCHead
     from model.data.manifest import Utterance
     from model.modeling import SpeechLLMForConditionalGeneration
     from model.processing import SpeechLLMProcessor
@@ -209,16 +210,23 @@ class ConnectorObjective(nn.Module):
             llm_loss = llm_loss.lerp(distance, self.config.teacher_weight)
         if self.model.ctc_head is None or self.config.ctc_weight == 0:
             return {"loss": llm_loss}
-        padded = pad_targets(targets, self.model.config.pad_token_id).to(frames.device)
-        target_lens = torch.tensor([len(ids) for ids in targets], device=frames.device)
-        auxiliary = ctc_loss(
-            output.ctc_logits, frame_lens, padded, target_lens, self.model.config.pad_token_id
-        )
+        auxiliary = self._ctc_loss(self.model.ctc_head, output.ctc_logits, frame_lens, targets)
         return {
             "loss": llm_loss + self.config.ctc_weight * auxiliary,
             "llm_loss": llm_loss,
             "ctc_loss": auxiliary,
         }
+
+    @staticmethod
+    def _ctc_loss(
+        head: CTCHead, logits: Tensor, frame_lens: Tensor, targets: list[list[int]]
+    ) -> Tensor:
+        """CTC loss on the tokens that the head covers; a dev transcript may have others."""
+        covered = head.covered()
+        indices = [[covered[token] for token in ids if token in covered] for ids in targets]
+        padded = pad_targets(indices, head.blank).to(logits.device)
+        target_lens = torch.tensor([len(row) for row in indices], device=logits.device)
+        return ctc_loss(logits, frame_lens, padded, target_lens, head.blank)
 
     def _frames(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Frames (B, F, D), their lengths, and the unmasked ones that the teacher reads."""

@@ -129,8 +129,8 @@ class FeatureCacheWriter:
 class FeatureCache:
     """Read a cache; clips are memory-mapped, so any number of epochs costs one read."""
 
-    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
-        """Open `folder`.
+    def __init__(self, folder: Path, identity: dict[str, str] | None = None) -> None:
+        """Open `folder`; with `identity`, of what is going to read it, check that it fits.
 
         Raises:
             CheckpointError: it is no cache, damaged, or another encoder, mode or tokenizer
@@ -144,7 +144,7 @@ class FeatureCache:
             self.clips = [CachedClip(**clip) for clip in index["clips"]]
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: not the index of a feature cache ({error})") from error
-        differing = [name for name, value in identity.items() if index.get(name) != value]
+        differing = [name for name, value in (identity or {}).items() if index.get(name) != value]
         if differing:
             raise CheckpointError(
                 f"{folder}: this cache was made with another {' and '.join(differing)}; make it "

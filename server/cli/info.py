@@ -36,6 +36,7 @@ def info(
         "connector": config.connector,
         "llm": config.get_text_config().model_type,
         "ctc": config.ctc,
+        "ctc_tokens": config.ctc_tokens,
         "prompt": config.prompt,
         "languages": config.languages,
         "max_audio_s": transcriber.max_audio_s,

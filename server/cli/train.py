@@ -295,30 +295,43 @@ def train_connector(
         stored_dtype=stored_dtype, compile_layers=compile_layers, data=data,
     )  # fmt: skip
     new = replace(new, seed=loop.seed)
-    speech_llm, processor = _speech_llm(model, new)
+    train: Any = _read(manifest, audio_root)
+    transcripts = [utterance.text for utterance in train if utterance.text is not None]
+    for folder in cache or []:
+        transcripts += [clip.text for clip in FeatureCache(folder).clips]
+    speech_llm, processor = _speech_llm(model, new, transcripts, trains_ctc=ctc_weight > 0)
     if train_encoder:
         speech_llm.config.encoder = "encoder"
     if train_llm:
         speech_llm.config.llm = "llm"
-    train: Any = _read(manifest, audio_root)
     if cache:
         identity = fingerprint(speech_llm, processor)
         train = merge_clips(FeatureCache(folder, identity) for folder in cache)
     stage = ConnectorStage(speech_llm, processor, config, train, _read(dev, audio_root), loop.seed)
-    settings = config.model_dump(mode="json")
-    _run(stage, loop, output, {"kind": "connector", "model": model, "parts": str(new), **settings})
+    head = speech_llm.ctc_head
+    settings: dict[str, Any] = {
+        "kind": "connector", "model": model, "parts": str(new), **config.model_dump(mode="json"),
+        "transcript_tokens": None if head is None else head.fingerprint(),
+    }  # fmt: skip
+    _run(stage, loop, output, settings)
 
 
-def _speech_llm(checkpoint: str | None, new: "Parts") -> tuple[Any, Any]:
+def _speech_llm(
+    checkpoint: str | None, new: "Parts", transcripts: list[str], *, trains_ctc: bool
+) -> tuple[Any, Any]:
     """The model to train and its processor: a checkpoint's, an adapter merged, or new ones."""
-    from model.assembly import assemble
+    from model.assembly import assemble, cover_transcripts
     from model.checkpoint import load_model, load_processor
 
     if checkpoint is None:
-        return assemble(new)
+        return assemble(new, transcripts)
     import torch
 
-    return load_model(checkpoint, dtype=torch.float32, merge_lora=True), load_processor(checkpoint)
+    model = load_model(checkpoint, dtype=torch.float32, merge_lora=True)
+    processor = load_processor(checkpoint)
+    if trains_ctc:
+        cover_transcripts(model, processor, transcripts, new.seed)
+    return model, processor
 
 
 @train_app.command("tokenizer")

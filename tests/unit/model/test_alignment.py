@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model.alignment import ENCODER_FRAME_S, align_tokens, align_words, token_scores, word_spans
 from model.transcription import Transcriber
 from tests.conftest import REPOSITORY
+from tests.speech_models import cover_only
 
 
 def best_of_all_paths(scores, token_ids):
@@ -68,7 +69,7 @@ def test_the_frames_normaliser_changes_nothing():
     torch.manual_seed(0)
     head, frames, ids = torch.nn.Linear(8, 20), torch.randn(30, 8), [3, 3, 7, 1]
     with torch.inference_mode():
-        scores = token_scores(head, frames, ids, blank_id=0)
+        scores = token_scores(head, frames, ids, blank=0)
         posteriors = head(frames).log_softmax(-1)[:, [0, *ids]].numpy()
     assert align_tokens(scores, ids) == align_tokens(posteriors, ids)
 
@@ -77,7 +78,7 @@ def test_words_are_what_whitespace_parts():
     # "we| are|,| here"; a token's offsets may hold the space in front of it.
     offsets = [(0, 2), (2, 6), (6, 7), (7, 12)]
     spans = [(1, 2), (4, 6), (6, 7), (9, 12)]
-    words = word_spans("we are, here", offsets, spans)
+    words = word_spans("we are, here", offsets, spans, n_frames=14)
     assert [(w.text, w.start_frame, w.end_frame) for w in words] == [
         ("we", 1, 2), ("are,", 4, 7), ("here", 9, 12),
     ]  # fmt: skip
@@ -100,6 +101,36 @@ def test_a_text_too_long_for_its_audio_is_not_placed(tiny_checkpoint):
     with torch.inference_mode():
         text = "They were three hundred yards apart."
         assert align_words(text, transcriber.processor, head, torch.randn(3, 32)) is None
+
+
+def test_words_that_the_head_cannot_hear_share_what_their_neighbours_leave():
+    text, offsets = "ab c d ef g", [(0, 1), (1, 2), (3, 4), (5, 6), (7, 8), (8, 9), (10, 11)]
+    spans = [None, (10, 12), None, None, (40, 41), None, None]
+    words = word_spans(text, offsets, spans, n_frames=50)
+    assert [(w.start_frame, w.end_frame) for w in words] == [
+        (10, 12), (12, 26), (26, 40), (40, 41), (41, 50),
+    ]  # fmt: skip
+    first, *_ = word_spans("a b", [(0, 1), (2, 3)], [None, (7, 9)], n_frames=20)
+    assert (first.start_frame, first.end_frame) == (0, 7)
+
+
+def test_tokens_outside_of_the_head_leave_the_others_where_they_are(tiny_checkpoint):
+    transcriber = Transcriber.from_pretrained(tiny_checkpoint, "cpu")
+    model, processor = transcriber.model, transcriber.processor
+    frames = torch.randn(200, model.ctc_head.in_features)
+    heard, unheard = "zero one two", "three"
+    with torch.inference_mode():
+        expected = align_words(heard, processor, model.ctc_head, frames)
+        tokens = {*processor.text_ids(heard)}
+        cover_only(model, tokens)
+        assert not tokens & {*processor.text_ids(" " + unheard)}
+        assert align_words(heard, processor, model.ctc_head, frames) == expected
+        *same, last = align_words(f"{heard} {unheard}", processor, model.ctc_head, frames)
+        # Mostly guesses are no times.
+        guesses = " ".join([heard[:4]] + [unheard] * 9)
+        assert align_words(guesses, processor, model.ctc_head, frames) is None
+    assert same == expected
+    assert (last.text, last.start_frame, last.end_frame) == (unheard, same[-1].end_frame, 200)
 
 
 def trimmed(waveform):

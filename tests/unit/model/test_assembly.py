@@ -1,6 +1,7 @@
 """A new speech LLM is put together from an encoder, a connector and an LLM."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperModel
 
-from model.assembly import Parts, assemble, prepare_tokenizer
+from model.assembly import Parts, assemble, cover_transcripts, prepare_tokenizer
 from model.checkpoint import CheckpointError, check_processor, load_model, save_model
 from model.training.tokenizer import train_tokenizer
 from model.whisper_baseline import CTC_HEAD_FILE
@@ -29,6 +30,7 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     WhisperModel(config).save_pretrained(folder)
     head = {"weight": torch.randn(320, 32), "bias": torch.randn(320)}
     save_file(head, folder / CTC_HEAD_FILE)
+    train_tokenizer(SENTENCES * 4, vocab_size=320).save_pretrained(folder)
     return folder
 
 
@@ -70,6 +72,64 @@ def test_the_ctc_head_beside_the_encoder_is_taken_over(whisper: Path, llm: Path)
     assert model.ctc_head is not None
     assert torch.equal(model.ctc_head.weight, head["weight"])
     assert torch.equal(model.ctc_head.bias, head["bias"])
+
+
+def test_the_ctc_head_covers_the_transcripts_tokens(whisper: Path, llm: Path) -> None:
+    parts = Parts(str(whisper), str(llm), ctc="fused")
+    model, processor = assemble(parts, ["zero one", "yards"])
+    head, stored = model.ctc_head, load_file(whisper / CTC_HEAD_FILE)
+    assert head is not None
+    assert head.token_ids is not None
+    blank, *tokens = head.token_ids.tolist()
+    joined = {*processor.text_ids("zero one"), *processor.text_ids("yards zero one yards")}
+    assert blank == processor.tokenizer.pad_token_id
+    assert {*tokens} == joined | {*processor.text_ids("yards")} | {*processor.text_ids(" ")}
+    assert model.config.ctc_tokens == head.out_features == 1 + len(tokens)
+    assert torch.equal(head.weight, stored["weight"][[blank, *tokens]])
+    assert torch.equal(head.bias, stored["bias"][[blank, *tokens]])
+
+
+def test_transcripts_of_most_tokens_make_a_head_over_all(whisper: Path, llm: Path) -> None:
+    vocabulary = AutoTokenizer.from_pretrained(llm)
+    texts = [vocabulary.decode([token]) for token in range(3, 320)]
+    model, _ = assemble(Parts(str(whisper), str(llm), ctc="fused"), texts)
+    assert model.config.ctc_tokens is None
+    assert model.ctc_head is not None
+    assert model.ctc_head.out_features == 320
+
+
+def test_a_ctc_head_over_other_tokens_is_left_with_a_warning(
+    whisper: Path, llm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whisper, tmp_path, dirs_exist_ok=True)
+    train_tokenizer(["другой текст"] * 9, vocab_size=300).save_pretrained(tmp_path)
+    model, _ = assemble(Parts(str(tmp_path), str(llm), ctc="auxiliary"))
+    stored = load_file(whisper / CTC_HEAD_FILE)["weight"]
+    assert model.ctc_head is not None
+    assert not torch.equal(model.ctc_head.weight, stored)
+    assert "its tokens are not the LLM's" in caplog.text
+
+
+def test_a_head_grows_with_new_transcripts_and_keeps_what_it_knows(
+    whisper: Path, llm: Path
+) -> None:
+    parts = Parts(str(whisper), str(llm), ctc="fused")
+    model, processor = assemble(parts, ["zero one"])
+    before = model.ctc_head
+    assert before is not None
+    cover_transcripts(model, processor, ["one zero"], seed=0)
+    assert model.ctc_head is before
+    cover_transcripts(model, processor, ["Өнөөдөр"], seed=0)
+    after = model.ctc_head
+    assert after is not None
+    assert {*processor.text_ids("Өнөөдөр")} <= after.covered().keys()
+    assert model.config.ctc_tokens == after.out_features > before.out_features
+    kept = [after.covered()[token] for token in before.covered()]
+    assert torch.equal(after.weight[kept], before.weight)
+    whole, _ = assemble(parts)
+    head = whole.ctc_head
+    cover_transcripts(whole, processor, ["Өнөөдөр"], seed=0)
+    assert whole.ctc_head is head
 
 
 def test_a_random_encoder_takes_no_weights(whisper: Path, llm: Path) -> None:

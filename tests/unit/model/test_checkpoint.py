@@ -21,6 +21,7 @@ from model.checkpoint import (
     save_model,
 )
 from model.modeling import SpeechLLMForConditionalGeneration
+from tests.speech_models import cover_only
 
 
 @pytest.fixture
@@ -374,3 +375,47 @@ def test_an_adapter_that_does_not_fit_is_refused(adapted: Path, fault: str) -> N
     }[fault]
     with pytest.raises(CheckpointError, match=re.escape(reason)):
         load_model(adapted)
+
+
+@pytest.fixture
+def narrow(folder: Path) -> Path:
+    """A checkpoint whose CTC head covers some of the LLM's tokens."""
+    model = cover_only(load_model(folder), {*range(100, 160)})
+    save_model(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_ctc_head_s_tokens_are_saved_and_loaded(
+    narrow: Path, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    model = load_model(narrow, dtype=dtype)
+    assert model.ctc_head is not None
+    assert model.config.ctc_tokens == 61
+    assert model.ctc_head.to_token_ids(range(61)) == [0, *range(100, 160)]
+    save_model(model, tmp_path / "again", dtype=dtype)
+    again = load_model(tmp_path / "again", dtype=dtype)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_ctc_tokens_that_do_not_fit_are_refused(narrow: Path) -> None:
+    file = narrow / "connector.safetensors"
+
+    def reverse(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["ctc_head.token_ids"] = tensors["ctc_head.token_ids"].flip(0)
+
+    edit_tensors(file, reverse)
+    with pytest.raises(CheckpointError, match=r"connector\.safetensors: .* begin with 159, wanted"):
+        load_model(narrow)
+    edit_tensors(file, reverse)
+    edit_json(narrow / "config.json", ctc_tokens=60)
+    with pytest.raises(CheckpointError, match=r"token_ids has shape \(61,\), .* wants \(60,\)"):
+        load_model(narrow)
+    edit_json(narrow / "config.json", ctc_tokens=None)
+    with pytest.raises(CheckpointError, match=r"ctc_head\.token_ids is not part of this model"):
+        load_model(narrow)
+    edit_json(narrow / "config.json", ctc_tokens=61)
+    damage(file, "ctc_head.token_ids", "missing")
+    with pytest.raises(CheckpointError, match=r"ctc_head\.token_ids is missing"):
+        load_model(narrow)

@@ -19,7 +19,9 @@ from model.checkpoint import load_model, load_processor
 from model.configuration import SpeechLLMConfig
 from model.modeling import SpeechLLMForConditionalGeneration, beside_text
 from model.processing import SpeechLLMProcessor
+from model.transcription import Transcriber
 from tests.conftest import make_tiny_checkpoint
+from tests.speech_models import cover_only
 
 SECONDS = (0.3, 1.7, 0.9)
 TEXTS = ["zero one", "Өнөөдөр хүйтэн байна, ёстой!", "They were apart."]
@@ -225,11 +227,36 @@ def test_blanks_embed_to_nothing_and_a_certain_token_to_its_embedding(
     blank, token = model.config.pad_token_id, 77
     path = torch.tensor([[blank] * 4 + [blank, token, blank, blank] + [token] * 4])
     logits = 60.0 * torch.nn.functional.one_hot(path, vocab).float()
-    embeds = model._expected_token_embeds(logits, torch.tensor([12]))
+    embeds = model._expected_token_embeds(model.ctc_head, logits, torch.tensor([12]))
     expected = model.get_input_embeddings().weight[token]
     torch.testing.assert_close(embeds[0, 0], torch.zeros_like(expected))
     torch.testing.assert_close(embeds[0, 1], expected)
     torch.testing.assert_close(embeds[0, 2], expected)  # four frames of it are still one mean
+
+
+@torch.inference_mode()
+def test_a_head_over_some_tokens_says_what_one_says_that_never_hears_the_others(
+    model: SpeechLLMForConditionalGeneration,
+    checkpoint: Path,
+    processor: SpeechLLMProcessor,
+) -> None:
+    tokens = {*range(20, 200)} - {model.config.pad_token_id}
+    never = [i for i in range(320) if i not in tokens and i != model.config.pad_token_id]
+    whole = load_model(checkpoint)
+    assert whole.ctc_head is not None
+    whole.ctc_head.bias[never] = -1e4
+    some = cover_only(model, tokens)
+    batch = processor(clips(), TEXTS)
+    expected, got = whole(**batch), some(**batch)
+    assert got.ctc_logits is not None
+    assert got.ctc_logits.shape[-1] == 1 + len(tokens)
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    read = [
+        Transcriber(each, processor).transcribe(clips(), with_ctc=True).transcripts
+        for each in (whole, some)
+    ]
+    assert read[0] == read[1]
+    assert any(transcript.ctc_text for transcript in read[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
@@ -279,6 +306,12 @@ def test_auto_classes_know_the_model(tiny_checkpoint: Path) -> None:
         ({"ctc": "maybe"}, "ctc must be one of none, auxiliary, fused"),
         ({"audio_positions": "time"}, "audio_positions must be one of sequence, ctc"),
         ({"audio_positions": "ctc"}, "needs a CTC head"),
+        ({"ctc": "fused"}, "needs pad_token_id"),
+        (
+            {"ctc": "fused", "pad_token_id": 0, "ctc_tokens": 0},
+            "ctc_tokens is 0: it must be at least",
+        ),
+        ({"ctc_tokens": 9}, "ctc_tokens is 9: .* ctc not 'none'"),
         ({"max_audio_s": 31}, r"max_audio_s must lie in \(0, 30\], got 31"),
         ({"pad_token_id": 3, "eos_token_id": 3}, "EOS would be padding"),
         ({"max_tokens_per_audio_s": 0}, "must be positive"),

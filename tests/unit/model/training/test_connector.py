@@ -12,6 +12,7 @@ from model.training.feature_cache import FeatureCache, fingerprint, merge_clips
 from model.training.loop import LoopConfig, TrainingLoop
 from model.training.speech_data import SpeechDataConfig
 from model.transcription import Transcriber
+from tests.speech_models import cover_only
 
 PLAIN = {"feature_augment": False, "spec_augment": False, "stored_dtype": "fp32"}
 DATA = SpeechDataConfig(max_batch_audio_s=2.5, workers=0)
@@ -72,6 +73,26 @@ def test_only_the_connector_and_the_ctc_head_move(fresh_model, utterances, tmp_p
     train(stage, tmp_path / "run")
     changed = moved(before, stage.model)
     assert changed == {n for n in before if n.startswith(("connector.", "ctc_head."))}
+
+
+def test_the_ctc_loss_of_some_tokens_leaves_the_others_out(fresh_model, utterances):
+    stage = make_stage(fresh_model, utterances)
+    objective, head = stage.module, stage.model.ctc_head
+    batch = next(iter(stage.epoch(0, 0, 1).iterate(0)))
+    tokens = sorted({token for ids in batch["target_ids"] for token in ids})
+    never = [token for token in range(head.vocab_size) if token not in {*tokens, head.blank}]
+    objective.eval()
+    with torch.no_grad():
+        head.bias[never] = -1e4
+        expected = objective(batch)["ctc_loss"]
+        cover_only(stage.model, tokens)
+        torch.testing.assert_close(objective(batch)["ctc_loss"], expected)
+        cover_only(fewer := make_stage(fresh_model, utterances).model, tokens[1:])
+        assert fewer.ctc_head.out_features == len(tokens)
+        others = [[token for token in ids if token != tokens[0]] for ids in batch["target_ids"]]
+        stage.model.ctc_head = fewer.ctc_head
+        outside = objective(batch)["ctc_loss"]
+        assert outside == objective({**batch, "target_ids": others})["ctc_loss"]
 
 
 def test_cached_features_with_augmentation_and_joined_clips_train(
