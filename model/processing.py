@@ -34,6 +34,12 @@ _AUDIO_MARK = "\ue000"
 _PROMPT_MARK = "\ue001"
 _PLAIN_TEMPLATE = f"{_AUDIO_MARK}{_PROMPT_MARK}\n"
 
+ADDITIONS = ("previous_text", "hotwords")
+"""What may be added to a prompt: what was said just before, and words that are expected."""
+
+ADDITION_PLACE = "{}"
+"""Where the text stands in a template of `prompt_additions`."""
+
 
 @dataclass(frozen=True, slots=True)
 class PromptIds:
@@ -54,6 +60,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         encoder_mode: str = "padded",
         prompt: str = DEFAULT_PROMPT,
         audio_token: str = "<|audio|>",  # noqa: S107 - a vocabulary entry
+        prompt_additions: dict[str, str] | None = None,
         chat_template: str | None = None,
     ) -> None:
         """Check that the tokenizer fits.
@@ -65,17 +72,22 @@ class SpeechLLMProcessor(ProcessorMixin):
             encoder_mode: the model's `config.encoder_mode`.
             prompt: what the user turn asks after the audio.
             audio_token: vocabulary entry that marks audio positions.
+            prompt_additions: what the model was trained to read behind the prompt: by name
+                (`hotwords`, `previous_text`), a template with `{}` in it for the text.
             chat_template: unused; the tokenizer's own is applied.
 
         Raises:
             ValueError: the tokenizer has no EOS, no pad token that differs from EOS, or no
-                `audio_token`.
+                `audio_token`; an addition of an unknown name, or without one place for its text.
         """
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
         self.connector = SpeechLLMConfig(connector=connector).connector
         self.encoder_mode = encoder_mode
         self.prompt = prompt
         self.audio_token = audio_token
+        self.prompt_additions = dict(prompt_additions or {})
+        for name, template in self.prompt_additions.items():
+            check_addition(name, template)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token")
         if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -98,6 +110,24 @@ class SpeechLLMProcessor(ProcessorMixin):
         """Token ids of a text from outside: what looks like a special token is plain text."""
         encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoding.input_ids)
+
+    def extended_prompt(self, prompt: str | None = None, **additions: str) -> str:
+        """The prompt, `prompt` or the model's own, with texts added behind it.
+
+        Args:
+            prompt: replaces the model's own.
+            **additions: texts by name; empty ones add nothing.
+
+        Raises:
+            ValueError: the model was not trained to read such an addition.
+        """
+        text = self.prompt if prompt is None else prompt
+        for name, added in additions.items():
+            if name not in self.prompt_additions:
+                raise ValueError(f"this checkpoint's prompt takes no {name}")
+            if added:
+                text += self.prompt_additions[name].replace(ADDITION_PLACE, added)
+        return text
 
     def prompt_ids(self, prompt: str | None = None) -> PromptIds:
         """Tokenise what stands before and after the audio; `prompt` defaults to the model's."""
@@ -233,6 +263,17 @@ class SpeechLLMProcessor(ProcessorMixin):
         """Text of generated ids: special tokens dropped, surrounding space stripped."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return str(text).strip()
+
+
+def check_addition(name: str, template: str) -> None:
+    """Raise ValueError for what is no template of a known addition to the prompt."""
+    if name not in ADDITIONS:
+        raise ValueError(f"prompt_additions are {', '.join(ADDITIONS)}, not {name!r}")
+    if template.count(ADDITION_PLACE) != 1:
+        raise ValueError(
+            f"the template of {name} needs {ADDITION_PLACE} once, where its text stands: "
+            f"{template!r}"
+        )
 
 
 def token_budget(config: SpeechLLMConfig, duration_s: float) -> int:

@@ -90,6 +90,19 @@ class Transcribed:
 
 
 @dataclass(frozen=True, slots=True)
+class Advance:
+    """How far the transcription of a long recording has come.
+
+    Attributes:
+        processed_s: seconds up to which all is transcribed.
+        total_s: of the recording; None until its decoding tells.
+    """
+
+    processed_s: float
+    total_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Recording:
     """A whole recording.
 
@@ -114,9 +127,12 @@ class RecordingTranscriber:
         deadline: Deadline,
         *,
         in_flight: int,
+        conditioned: bool = False,
         ticket: Ticket,
         long_recordings: LongRecordings,
         on_text: Callable[[str], None] | None = None,
+        on_advance: Callable[[Advance], None] | None = None,
+        claimed_s: float | None = None,
     ) -> None:
         """Begin before the first excerpt.
 
@@ -125,14 +141,19 @@ class RecordingTranscriber:
             template: the requests, but for their audio.
             deadline: of the recording.
             in_flight: most excerpts that wait or run.
+            conditioned: whether an excerpt's prompt has the text of the one before, which it then
+                waits for.
             ticket: the recording's; it is kept at what is in flight.
             long_recordings: where one that needs several excerpts takes a place.
             on_text: told of new and final text, in order; the pieces make up the whole text.
+            on_advance: told of each excerpt of several that is done, as are all before it.
+            claimed_s: the recording's length by its header, if it says.
         """
         self._engine = engine
         self._template = template
         self._deadline = deadline
-        self._room = asyncio.Semaphore(in_flight)
+        self._conditioned = conditioned
+        self._room = asyncio.Semaphore(1 if conditioned else in_flight)
         self._ticket = ticket
         self._long_recordings = long_recordings
         self._text = TextInOrder(on_text) if on_text is not None else None
@@ -140,6 +161,10 @@ class RecordingTranscriber:
         self._audio_in_flight_s: dict[int, float] = {}
         self._decode_s = 0.0
         self._decoded_s = 0.0
+        self._on_advance = on_advance
+        self._total_s = claimed_s
+        self._is_long = False
+        self._n_done = 0  # excerpts, without a gap from the first
 
     async def run(self, decoding: AsyncGenerator[Excerpt | Progress, None]) -> Recording:
         """Transcribe what comes; cancelled, or after an error, all its excerpts are cancelled.
@@ -153,12 +178,13 @@ class RecordingTranscriber:
                 asyncio.TaskGroup() as group,
                 contextlib.AsyncExitStack() as places,
             ):
-                is_long = False
                 while (found := await self._next(decoding)) is not None:
                     if isinstance(found, Progress):
                         self._decoded_s = found.decoded_s
-                        if found.is_long and not is_long:
-                            is_long = True
+                        if found.is_done:
+                            self._total_s = found.decoded_s
+                        if found.is_long and not self._is_long:
+                            self._is_long = True
                             places.enter_context(self._long_recordings.place())
                         continue
                     await self._room.acquire()
@@ -190,6 +216,7 @@ class RecordingTranscriber:
             id=f"{self._template.id}/{index}" if index else self._template.id,
             waveform=excerpt.waveform,
             audio_s=excerpt.duration_s,
+            previous_text=self._text_before(index),
             deadline_s=self._deadline.at(position_s),
             on_piece=None if text is None else partial(text.push, index),
         )
@@ -202,6 +229,23 @@ class RecordingTranscriber:
         )
         if text is not None:
             text.end(index)
+        self._advance()
+
+    def _advance(self) -> None:
+        """Say how far the recording is done, if this excerpt was what it waited for."""
+        n_before = self._n_done
+        while self._n_done in self._parts:
+            self._n_done += 1
+        if self._on_advance is not None and self._is_long and self._n_done > n_before:
+            end_s = self._parts[self._n_done - 1].speech_end / SAMPLE_RATE_HZ
+            self._on_advance(Advance(end_s, self._total_s))
+
+    def _text_before(self, index: int) -> str:
+        """What conditions an excerpt; nothing behind one that looped or was cut off."""
+        if not self._conditioned or not index:
+            return ""
+        before = self._parts[index - 1].result
+        return before.text if before.finish_reason == "stop" else ""
 
     def _hold(self, index: int, audio_s: float) -> None:
         self._audio_in_flight_s[index] = audio_s

@@ -20,6 +20,8 @@ class TranscribeOptions:
         language: ISO 639-1 code of what is spoken; None leaves it to the model.
         prompt: replaces the checkpoint's own.
         hotwords: words that are likely to be said.
+        condition_on_previous_text: let the model read what it has said of the piece before; the
+            pieces of a long recording then follow each other.
         timestamps: how finely to place the text in time.
         decoding: how its tokens are chosen.
         vad: whether to leave out what is no speech.
@@ -30,6 +32,7 @@ class TranscribeOptions:
     language: str | None = None
     prompt: str | None = None
     hotwords: tuple[str, ...] = ()
+    condition_on_previous_text: bool = False
     timestamps: Timestamps = "none"
     decoding: Decoding = GREEDY
     vad: bool = True

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from server.audio.probe import Probe
-    from server.longform import Recording, Transcribed
+    from server.longform import Advance, Recording, Transcribed
     from server.options import TranscribeOptions
     from server.runtime import Runtime
     from server.transcription import Alignment
@@ -37,7 +37,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     request_id: str,
     started_s: float,
     options: TranscribeOptions,
-    on_event: Callable[[str], None] | None = None,
+    on_event: Callable[[str | Advance], None] | None = None,
 ) -> Transcription:
     """Transcribe an uploaded file of any length that is allowed.
 
@@ -47,15 +47,15 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         request_id: names the request in logs.
         started_s: monotonic time at which the request began.
         options: what the client asks for.
-        on_event: told of each piece of text that is new and final, on the event loop.
+        on_event: told of each piece of text that is new and final, and of how far a long recording
+            is done, on the event loop.
 
     Raises:
         ServerError: which of its kinds says why.
     """
     uploaded_s = time.monotonic()
-    if options.hotwords:  # an LLM that was not trained with a list of words would read it out
-        raise InvalidRequestError("this checkpoint takes no hotwords", param="hotwords")
     settings, engine, limits = runtime.settings, runtime.engine, runtime.audio_limits
+    _check_additions(options, engine.prompt_additions)
     header = probe(data)
     check_header(header, limits)
     in_flight_s = settings.max_excerpts_in_flight * engine.max_audio_s
@@ -64,6 +64,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         waveform=np.zeros(0, np.float32),
         audio_s=0.0,
         prompt=options.prompt,
+        hotwords=options.hotwords,
         decoding=options.decoding,
         with_words=options.timestamps == "word",
     )
@@ -74,9 +75,12 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
             template,
             Deadline(uploaded_s + settings.request_timeout_s, latest_s),
             in_flight=settings.max_excerpts_in_flight,
+            conditioned=options.condition_on_previous_text,
             ticket=ticket,
             long_recordings=runtime.long_recordings,
             on_text=on_event,
+            on_advance=on_event,
+            claimed_s=header.duration_s,
         )
         decoding = runtime.decode_pool.stream(
             data,
@@ -89,6 +93,21 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     transcription = _transcription(recording, options, started_s)
     _count(runtime, recording, transcription)
     return transcription
+
+
+def _check_additions(options: TranscribeOptions, taken: frozenset[str]) -> None:
+    """Refuse what the LLM has not been trained to find in its prompt: it would read it out."""
+    if options.hotwords and "hotwords" not in taken:
+        raise InvalidRequestError(
+            "this checkpoint takes no hotwords: that needs a CTC head, and training with such "
+            "lists in the prompt",
+            param="hotwords",
+        )
+    if options.condition_on_previous_text and "previous_text" not in taken:
+        raise InvalidRequestError(
+            "this checkpoint takes no previous text: that needs training with it in the prompt",
+            param="condition_on_previous_text",
+        )
 
 
 def _expected_s(header: Probe, data: bytes) -> float:

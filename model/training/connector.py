@@ -26,8 +26,10 @@ from model.data.augmentation import (
 from model.data.sampler import DurationBucketSampler
 from model.log_mel import log_mel_spectrogram
 from model.modeling import IGNORED_LABEL
+from model.processing import check_addition
 from model.training.acceleration import compile_layers, use_fast_attention
 from model.training.distillation import WhisperTeacher
+from model.training.hotwords import HotwordBatches
 from model.training.speech_data import SpeechData, SpeechDataConfig, pad_targets
 from model.transcription import Transcriber
 
@@ -72,6 +74,10 @@ class ConnectorStageConfig(BaseModel):
         None, description="folder of a fine-tuned Whisper with the LLM's tokens, to distil from"
     )
     teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss")
+    hotwords_share: float = Field(
+        0.0, ge=0, le=1, description="share of the clips whose prompt lists hotwords"
+    )
+    hotwords_prompt: str = Field(" Hotwords: {}.", description="what then follows the prompt")
     feature_augment: bool = True
     spec_augment: bool = True
     stored_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -191,7 +197,9 @@ class ConnectorObjective(nn.Module):
         audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
         sequence = {
             name: tensor.to(frames.device)
-            for name, tensor in self.processor.sequences(audio_lens, targets).items()
+            for name, tensor in self.processor.sequences(
+                audio_lens, targets, batch.get("prompts")
+            ).items()
         }
         labels = sequence.pop("labels")
         output = self.model(
@@ -298,8 +306,9 @@ class ConnectorStage:
 
         Raises:
             CheckpointError: the teacher cannot be loaded.
-            ValueError: `train_encoder` with cached features, `lora` with `train_llm`, or a teacher
-                of other tokens or, with cached features, with another encoder.
+            ValueError: `train_encoder` with cached features, `lora` with `train_llm`, a teacher of
+                other tokens or, with cached features, with another encoder, or hotwords without a
+                CTC head or a template to put them in.
         """
         cached = bool(train) and isinstance(train[0], tuple)
         if cached and config.train_encoder:
@@ -331,9 +340,19 @@ class ConnectorStage:
             if cached
             else SpeechData(train, config.data, processor.text_ids, seed)  # type: ignore[arg-type]
         )
+        if config.hotwords_share:
+            self._teach_hotwords()
+        self._seed = seed
         self._dev_utterances = dev
         plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
         self._dev = SpeechData(dev, plain, processor.text_ids, seed) if dev else None
+
+    def _teach_hotwords(self) -> None:
+        """Have the checkpoint say that its prompt takes hotwords."""
+        if self.model.ctc_head is None:
+            raise ValueError("hotwords are filtered by a CTC head, and the model has none")
+        check_addition("hotwords", self.config.hotwords_prompt)
+        self.processor.prompt_additions["hotwords"] = self.config.hotwords_prompt
 
     @property
     def module(self) -> nn.Module:
@@ -358,7 +377,9 @@ class ConnectorStage:
 
     def epoch(self, epoch: int, rank: int, world_size: int) -> EpochBatches:
         """Plan one epoch."""
-        return self._train.epoch(epoch, rank, world_size)
+        batches = self._train.epoch(epoch, rank, world_size)
+        share, seed = self.config.hotwords_share, (self._seed, epoch, rank)
+        return HotwordBatches(batches, self.processor, share, seed) if share else batches
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Mean losses and word error rates (of the LLM, of the CTC head) on the dev manifest."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from server.api.upload import Upload
+    from server.longform import Advance
     from server.options import TranscribeOptions
     from server.runtime import Runtime
     from server.transcription import Transcription
@@ -63,14 +64,15 @@ class Caller:
         self,
         recording: bytes,
         options: TranscribeOptions,
-        on_event: Callable[[str], None] | None = None,
+        on_event: Callable[[str | Advance], None] | None = None,
     ) -> Transcription:
         """Transcribe a recording within the key's limits, and note it in the request's log line.
 
         Args:
             recording: the file.
             options: what the client asks for.
-            on_event: told of each piece of text that is new and final.
+            on_event: told of each piece of text that is new and final, and of how far a long
+                recording is done.
 
         Raises:
             ServerError: which of its kinds says why.
@@ -91,7 +93,7 @@ class Caller:
         claimed_s: float,
         recording: bytes,
         options: TranscribeOptions,
-        on_event: Callable[[str], None] | None,
+        on_event: Callable[[str | Advance], None] | None,
     ) -> Transcription:
         """Wait behind other keys' requests, where there are keys, and transcribe."""
         if self.owner == ANONYMOUS:
@@ -111,7 +113,7 @@ class Caller:
         self,
         recording: bytes,
         options: TranscribeOptions,
-        on_event: Callable[[str], None] | None,
+        on_event: Callable[[str | Advance], None] | None,
     ) -> Transcription:
         return await transcribe_upload(
             self.runtime,

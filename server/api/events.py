@@ -1,4 +1,7 @@
-"""Transcripts as server-sent events, in OpenAI's form: deltas, then the whole, then `[DONE]`."""
+"""Transcripts as server-sent events, in OpenAI's form: deltas, then the whole, then `[DONE]`.
+
+`/transcribe` also tells how far a long recording is done, which OpenAI's API has no event for.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
     from fastapi import Request
     from starlette.types import Receive, Scope, Send
 
+    from server.longform import Advance
     from server.transcription import Transcription
+
+    _Told = str | Advance
 
 _HEADERS = {
     "Cache-Control": "no-cache",
@@ -34,21 +40,22 @@ EXAMPLE = (
 
 
 class TranscriptStream:
-    """A transcription under way and the pieces of text that it has told."""
+    """A transcription under way and what it has told."""
 
     def __init__(
-        self, work: Callable[[Callable[[str], None]], Coroutine[Any, Any, Transcription]]
+        self, work: Callable[[Callable[[_Told], None]], Coroutine[Any, Any, Transcription]]
     ) -> None:
         """Begin.
 
         Args:
-            work: transcribes, and hands each new piece of text to what it is given.
+            work: transcribes, and hands each new piece of text, and each advance, to what it is
+                given.
         """
         # The engine's pieces are few and small, bounded by the cap of tokens.
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        self._task = asyncio.create_task(work(self._pieces.put_nowait))
-        self._task.add_done_callback(lambda _task: self._pieces.put_nowait(None))
-        self._first: str | None = None
+        self._told: asyncio.Queue[_Told | None] = asyncio.Queue()
+        self._task = asyncio.create_task(work(self._told.put_nowait))
+        self._task.add_done_callback(lambda _task: self._told.put_nowait(None))
+        self._first: _Told | None = None
 
     async def begin(self) -> None:
         """Wait until there is something to tell.
@@ -56,16 +63,16 @@ class TranscriptStream:
         Raises:
             ServerError: it failed before; the answer can still have a status that says so.
         """
-        self._first = await self._pieces.get()
+        self._first = await self._told.get()
         if self._first is None:
             await self._task
 
-    async def deltas(self) -> AsyncIterator[str]:
-        """Yield the pieces of text; afterwards `transcription` is there."""
-        piece = self._first
-        while piece is not None:
-            yield piece
-            piece = await self._pieces.get()
+    async def told(self) -> AsyncIterator[_Told]:
+        """Yield what is told; afterwards `transcription` is there."""
+        told = self._first
+        while told is not None:
+            yield told
+            told = await self._told.get()
 
     async def transcription(self) -> Transcription:
         """Return the whole.
@@ -91,6 +98,8 @@ class EventStreamResponse(Response):
         request: Request,
         stream: TranscriptStream,
         done: Callable[[Transcription], dict[str, Any]],
+        *,
+        tells_progress: bool,
     ) -> None:
         """Prepare.
 
@@ -98,12 +107,14 @@ class EventStreamResponse(Response):
             request: for the log and the request's id in error frames.
             stream: that has begun.
             done: makes the last event's fields, besides its type.
+            tells_progress: of long recordings, too.
         """
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._request = request
         self._stream = stream
         self._done = done
+        self._tells_progress = tells_progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
@@ -128,8 +139,11 @@ class EventStreamResponse(Response):
 
     async def _frames(self) -> AsyncIterator[str]:
         """Yield the data of each frame. After an error there is no `[DONE]`."""
-        async for delta in self._stream.deltas():
-            yield _json({"type": "transcript.text.delta", "delta": delta})
+        async for told in self._stream.told():
+            if isinstance(told, str):
+                yield _json({"type": "transcript.text.delta", "delta": told})
+            elif self._tells_progress:
+                yield _json(_progress(told))
         try:
             transcription = await self._stream.transcription()
         except ServerError as error:
@@ -144,8 +158,10 @@ class EventStreamResponse(Response):
 
 async def stream_events(
     request: Request,
-    work: Callable[[Callable[[str], None]], Coroutine[Any, Any, Transcription]],
+    work: Callable[[Callable[[_Told], None]], Coroutine[Any, Any, Transcription]],
     done: Callable[[Transcription], dict[str, Any]],
+    *,
+    tells_progress: bool = False,
 ) -> EventStreamResponse:
     """Start `work` and answer with its events once there is one.
 
@@ -159,7 +175,16 @@ async def stream_events(
     except BaseException:
         await stream.cancel()
         raise
-    return EventStreamResponse(request, stream, done)
+    return EventStreamResponse(request, stream, done, tells_progress=tells_progress)
+
+
+def _progress(advance: Advance) -> dict[str, Any]:
+    total_s = advance.total_s
+    return {
+        "type": "transcript.progress",
+        "processed": round(advance.processed_s, 3),
+        "duration": None if total_s is None else round(total_s, 3),
+    }
 
 
 def _json(value: dict[str, Any]) -> str:

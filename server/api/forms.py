@@ -60,8 +60,15 @@ class TranscribeForm(BaseModel):
     hotwords: str | None = Field(
         None,
         description="Words that are likely to be said, between commas or line ends: at most "
-        f"{MAX_HOTWORDS} of at most {MAX_HOTWORD_CHARACTERS} characters.",
+        f"{MAX_HOTWORDS} of at most {MAX_HOTWORD_CHARACTERS} characters. Those that sound like "
+        "something in the recording are put into the prompt. For checkpoints trained so.",
         examples=["Ulaanbaatar, Sükhbaatar"],
+    )
+    condition_on_previous_text: bool = Field(
+        False,
+        description="Let the model read what it has said of the piece of a long recording before; "
+        "pieces are then transcribed one after the other. For checkpoints trained so.",
+        examples=[False],
     )
     response_format: ResponseFormat = Field(
         "json", description="What to answer with.", examples=["json"]
@@ -94,7 +101,10 @@ class TranscribeForm(BaseModel):
         False, description="Also return each token's log-probability (json).", examples=[False]
     )
     stream: bool = Field(
-        False, description="Answer with server-sent events, as text comes.", examples=[False]
+        False,
+        description="Answer with server-sent events, as text comes; for a long recording also "
+        "`transcript.progress`, as its pieces are done.",
+        examples=[False],
     )
     deadline_ms: int | None = Field(
         None,
@@ -127,6 +137,7 @@ class TranscribeForm(BaseModel):
             language=self.language,
             prompt=self.prompt,
             hotwords=split_hotwords((self.hotwords or "").replace("\n", ",").split(",")),
+            condition_on_previous_text=self.condition_on_previous_text,
             timestamps=timestamps,
             decoding=Decoding(
                 temperature=self.temperature,
@@ -172,7 +183,7 @@ class OpenAIForm(BaseModel):
     keywords: list[str] | None = Field(
         None,
         alias="keywords[]",
-        description="Words that are likely to be said.",
+        description="Words that are likely to be said; for checkpoints trained with such lists.",
         examples=[["Ulaanbaatar", "Sükhbaatar"]],
     )
     response_format: OpenAIFormat = Field(

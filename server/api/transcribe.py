@@ -70,6 +70,7 @@ async def transcribe(request: Request, caller: CallerDependency) -> Response:
             request,
             partial(caller.transcribe, recording, options),
             done=partial(_last_event, caller.runtime, form),
+            tells_progress=True,
         )
     transcription = await run_while_connected(request, caller.transcribe(recording, options))
     if form.response_format in answers.FILE_FORMATS:

@@ -267,6 +267,13 @@ def train_connector(
         str | None, typer.Option(help="Fine-tuned Whisper with the LLM's tokens, to distil from.")
     ] = None,
     teacher_weight: Annotated[float, typer.Option(help="Share of the teacher's loss.")] = 0.5,
+    hotwords_share: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the clips whose prompt lists hotwords."),
+    ] = 0.0,
+    hotwords_prompt: Annotated[
+        str, typer.Option(help="What then follows the prompt, with {} for the list.")
+    ] = " Hotwords: {}.",
     spec_augment: Annotated[
         bool, typer.Option(help="SpecAugment, or its like on features.")
     ] = True,
@@ -291,6 +298,7 @@ def train_connector(
         train_encoder=train_encoder, train_llm=train_llm, lora=lora,
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
         label_smoothing=label_smoothing, teacher=teacher, teacher_weight=teacher_weight,
+        hotwords_share=hotwords_share, hotwords_prompt=hotwords_prompt,
         feature_augment=spec_augment, spec_augment=spec_augment,
         stored_dtype=stored_dtype, compile_layers=compile_layers, data=data,
     )  # fmt: skip

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from server.client.exchange import Audio, Options, ResponseFormat
-    from server.client.results import TextDelta, Transcription
+    from server.client.results import StreamEvent, Transcription
 
 
 class AsyncClient:
@@ -51,8 +51,10 @@ class AsyncClient:
 
     async def stream(
         self, audio: Audio, **options: Unpack[Options]
-    ) -> AsyncGenerator[TextDelta | Transcription, None]:
+    ) -> AsyncGenerator[StreamEvent, None]:
         """Yield pieces of text as they come, and the whole transcription last.
+
+        Of a long recording, also how far it is done.
 
         An error may come after some of the text, and nothing is tried again then.
         """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from server.client.exchange import Audio, Options, ResponseFormat
-    from server.client.results import TextDelta, Transcription
+    from server.client.results import StreamEvent, Transcription
 
 
 class Client:
@@ -59,10 +59,10 @@ class Client:
         request = exchange.transcribe_request(recording, options, response_format=response_format)
         return self._send(request).text
 
-    def stream(
-        self, audio: Audio, **options: Unpack[Options]
-    ) -> Iterator[TextDelta | Transcription]:
+    def stream(self, audio: Audio, **options: Unpack[Options]) -> Iterator[StreamEvent]:
         """Yield pieces of text as they come, and the whole transcription last.
+
+        Of a long recording, also how far it is done.
 
         An error may come after some of the text, and nothing is tried again then.
         """

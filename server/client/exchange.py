@@ -21,7 +21,13 @@ from server.client.errors import (
     ServerFailedError,
     UnexpectedAnswerError,
 )
-from server.client.results import TextDelta, Transcription, transcription_from
+from server.client.results import (
+    Progress,
+    StreamEvent,
+    TextDelta,
+    Transcription,
+    transcription_from,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,6 +51,7 @@ class Options(TypedDict, total=False):
     language: str
     prompt: str
     hotwords: Sequence[str]
+    condition_on_previous_text: bool
     timestamps: Timestamps
     temperature: float
     num_beams: int
@@ -202,7 +209,7 @@ class EventReader:
         self._rest = b""
         self._has_ended = False
 
-    def feed(self, chunk: bytes) -> Iterator[TextDelta | Transcription]:
+    def feed(self, chunk: bytes) -> Iterator[StreamEvent]:
         """Take bytes and yield the events that they complete.
 
         Raises:
@@ -228,13 +235,15 @@ class EventReader:
         if not self._has_ended:
             raise ConnectionFailedError("the stream broke off before its end")
 
-    def _event(self, data: bytes) -> TextDelta | Transcription:
+    def _event(self, data: bytes) -> StreamEvent:
         try:
             event = json.loads(data)
             if "error" in event:
                 raise _api_error(self._response, event["error"], self._response.status_code)
             if event["type"] == "transcript.text.delta":
                 return TextDelta(event["delta"])
+            if event["type"] == "transcript.progress":
+                return Progress(event["processed"], event["duration"])
         except (ValueError, KeyError, TypeError) as error:
             raise UnexpectedAnswerError("the answer is no stream of events") from error
         return transcription_from(event, self._response.headers.get("X-Request-ID"))

@@ -97,6 +97,23 @@ class TextDelta:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a long recording is done.
+
+    Attributes:
+        processed_s: seconds up to which all is transcribed.
+        duration_s: of the recording; None until the server knows.
+    """
+
+    processed_s: float
+    duration_s: float | None
+
+
+StreamEvent = TextDelta | Progress | Transcription
+"""What a stream yields; the transcription is the last."""
+
+
 def transcription_from(body: dict[str, Any], request_id: str | None) -> Transcription:
     """Read the server's `json`.
 

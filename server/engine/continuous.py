@@ -92,6 +92,13 @@ class ContinuousEngine:
             raise NotReadyError("the model is not loaded")
         return self._core.runner.languages
 
+    @property
+    def prompt_additions(self) -> frozenset[str]:
+        """What the checkpoint can make use of in its prompt."""
+        if self._core is None:
+            raise NotReadyError("the model is not loaded")
+        return self._core.runner.prompt_additions
+
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text."""
         if self._core is None:

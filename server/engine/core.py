@@ -277,7 +277,12 @@ class EngineCore:
         request = queued.request
         try:
             plan = self.runner.plan(
-                request.waveform, request.prompt, request.decoding, with_words=request.with_words
+                request.waveform,
+                request.prompt,
+                request.decoding,
+                with_words=request.with_words,
+                hotwords=request.hotwords,
+                previous_text=request.previous_text,
             )
         except InvalidRequestError as error:
             self._refuse(queued, error)

@@ -53,6 +53,8 @@ class EngineRequest:
         audio_s: its length, seconds.
         deadline_s: when its answer is no longer wanted; None for never.
         prompt: replaces the checkpoint's own.
+        hotwords: words that are likely to be said; those that are heard are added to the prompt.
+        previous_text: what was said just before, to be added to the prompt.
         decoding: how to choose its tokens.
         on_piece: told of every token, on the event loop. An answer that somebody listens to is
             not begun again when it loops.
@@ -68,6 +70,8 @@ class EngineRequest:
     audio_s: float
     deadline_s: float | None = None
     prompt: str | None = None
+    hotwords: tuple[str, ...] = ()
+    previous_text: str = ""
     decoding: Decoding = GREEDY
     on_piece: Callable[[Piece], None] | None = None
     with_words: bool = False
@@ -224,6 +228,10 @@ class Engine(Protocol):
     def languages(self) -> tuple[str, ...]:
         """ISO 639-1 codes that the checkpoint names; empty where it names none."""
 
+    @property
+    def prompt_additions(self) -> frozenset[str]:
+        """What the checkpoint can make use of in its prompt: `hotwords`, `previous_text`."""
+
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8; a character may need several tokens."""
 
@@ -281,6 +289,9 @@ class Plan:
         max_tokens: cap of the answer.
         decoding: how to choose its tokens.
         heard: where the runner keeps what `words` needs; None where that is not wanted.
+        prompt: replaces the checkpoint's own; what is to be added to it before the clip is encoded
+            is in it.
+        hotwords: to choose from once the clip is encoded; `input_ids` are without them.
     """
 
     waveform: NDArray[np.float32]
@@ -288,6 +299,8 @@ class Plan:
     max_tokens: int
     decoding: Decoding
     heard: Heard | None = None
+    prompt: str | None = None
+    hotwords: tuple[str, ...] = ()
 
 
 class Runner(Protocol):
@@ -304,6 +317,10 @@ class Runner(Protocol):
     @property
     def languages(self) -> tuple[str, ...]:
         """ISO 639-1 codes that the checkpoint names; empty where it names none."""
+
+    @property
+    def prompt_additions(self) -> frozenset[str]:
+        """What the checkpoint can make use of in its prompt: `hotwords`, `previous_text`."""
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8. Unlike the rest, called from any thread."""
@@ -324,13 +341,15 @@ class Runner(Protocol):
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer."""
 
-    def plan(
+    def plan(  # noqa: PLR0913 - what a sequence is made of
         self,
         waveform: NDArray[np.float32],
         prompt: str | None,
         decoding: Decoding,
         *,
         with_words: bool = False,
+        hotwords: tuple[str, ...] = (),
+        previous_text: str = "",
     ) -> Plan:
         """Lay out a clip's sequence.
 

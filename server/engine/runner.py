@@ -22,7 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
 from model.alignment import ENCODER_FRAME_S, align_words
+from model.ctc import ctc_greedy
 from model.encoder import length_mask
+from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import token_budget
 from model.transcription import Transcriber, identify_language
@@ -52,6 +54,7 @@ _log = logging.getLogger(__name__)
 PROMPT_ROOM_TOKENS = 512
 """What a request's own prompt may take in a slot beyond the checkpoint's."""
 
+_MAX_PREVIOUS_BYTES = 160  # of the text before; some 30 words of English
 _CPU_KV_BYTES = 2 << 30
 _CUDA_KV_SHARE = 0.6  # of what the weights leave; activations need the rest
 _WARM_UP_S = (1.0, 3.0)  # clips of different length, so that padding is exercised too
@@ -162,6 +165,12 @@ class SpeechRunner:
         """ISO 639-1 codes that the checkpoint names; empty where it names none."""
         return tuple(self._config.languages or ())
 
+    @property
+    def prompt_additions(self) -> frozenset[str]:
+        """What the checkpoint can make use of in its prompt; hotwords need a CTC head too."""
+        deaf = {"hotwords"} if self._model.ctc_head is None else set()
+        return frozenset(self._processor.prompt_additions) - deaf
+
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8; safe beside the device's thread."""
         return [self._token_bytes(token_id) for token_id in token_ids]
@@ -188,13 +197,15 @@ class SpeechRunner:
         more = ends if isinstance(ends, list) else [ends] if ends is not None else []
         return frozenset({int(self._processor.tokenizer.eos_token_id), *more})
 
-    def plan(
+    def plan(  # noqa: PLR0913 - what a sequence is made of
         self,
         waveform: NDArray[np.float32],
         prompt: str | None = None,
         decoding: Decoding = GREEDY,
         *,
         with_words: bool = False,
+        hotwords: tuple[str, ...] = (),
+        previous_text: str = "",
     ) -> Plan:
         """Lay out a clip's sequence; nothing touches the device.
 
@@ -203,16 +214,24 @@ class SpeechRunner:
             prompt: replaces the checkpoint's own.
             decoding: how to choose its tokens.
             with_words: keep what places its text in time, if the checkpoint has a CTC head.
+            hotwords: those that are heard are added to the prompt when the clip is encoded; for
+                checkpoints whose `prompt_additions` say so.
+            previous_text: of which the end is added to the prompt; likewise.
 
         Raises:
             InvalidRequestError: prompt, audio and the longest answer do not fit into a slot.
         """
         frame_lens = mel_frame_lens(torch.tensor([waveform.size]))
         audio_lens = self._processor.audio_lens(frame_lens).tolist()
-        input_ids = self._processor.sequences(audio_lens, prompts=[prompt])["input_ids"][0]
+        if previous_text:
+            tail = previous_text.encode()[-_MAX_PREVIOUS_BYTES:].decode(errors="ignore")
+            prompt = self._processor.extended_prompt(prompt, previous_text=tail)
+        input_ids = self._input_ids(audio_lens[0], prompt)
         max_tokens = token_budget(self._config, waveform.size / SAMPLE_RATE_HZ)
         max_tokens = min(max_tokens, decoding.max_tokens or max_tokens)
         length, room = len(input_ids) + max_tokens, self._slots.plan.slot_tokens
+        if hotwords:  # which of them will be prompted is not known yet
+            length += len(self._processor.prompt_additions["hotwords"].encode()) + MAX_LIST_BYTES
         if length > room:
             raise InvalidRequestError(
                 f"the prompt, the audio and the longest answer to it take {length} tokens, and "
@@ -220,7 +239,26 @@ class SpeechRunner:
                 param="file" if prompt is None else "prompt",
             )
         heard = Heard() if with_words and self._model.ctc_head is not None else None
-        return Plan(waveform, tuple(input_ids.tolist()), max_tokens, decoding, heard)
+        return Plan(waveform, input_ids, max_tokens, decoding, heard, prompt, hotwords)
+
+    def _input_ids(self, audio_len: int, prompt: str | None) -> tuple[int, ...]:
+        ids = self._processor.sequences([audio_len], prompts=[prompt])["input_ids"][0]
+        return tuple(ids.tolist())
+
+    def _lay_out(self, plans: Sequence[Plan], audio: EmbeddedAudio) -> list[tuple[int, ...]]:
+        """The plans' sequences, with the hotwords that the CTC head has heard in their prompts."""
+        laid_out = [plan.input_ids for plan in plans]
+        rows = [row for row, plan in enumerate(plans) if plan.hotwords]
+        if not rows or audio.ctc_logits is None:
+            return laid_out
+        blank_id = int(self._processor.tokenizer.pad_token_id)
+        paths = ctc_greedy(audio.ctc_logits[rows], audio.frame_lens[rows], blank_id)
+        for row, path in zip(rows, paths, strict=True):
+            heard = self._processor.decode_transcript(path)
+            words = list_hotwords(heard_hotwords(plans[row].hotwords, heard))
+            prompt = self._processor.extended_prompt(plans[row].prompt, hotwords=words)
+            laid_out[row] = self._input_ids(int(audio.audio_lens[row]), prompt)
+        return laid_out
 
     @torch.inference_mode()
     def start(self, plans: Sequence[Plan]) -> StartReport:
@@ -230,9 +268,10 @@ class SpeechRunner:
         """
         started_s = time.perf_counter()
         audio = self._embed_audio(plans)
+        laid_out = self._lay_out(plans, audio)
         encoded_s = time.perf_counter()
         input_ids = pad_sequence(
-            [torch.tensor(plan.input_ids) for plan in plans],
+            [torch.tensor(ids) for ids in laid_out],
             batch_first=True,
             padding_value=self._processor.tokenizer.pad_token_id,
         ).to(self._device)
@@ -249,7 +288,7 @@ class SpeechRunner:
                 input_ids
             )
         self._prefill(embeds[:, :-1], position_ids[:, :-1])
-        ends = [len(plan.input_ids) - 1 for plan in plans]
+        ends = [len(ids) - 1 for ids in laid_out]
         self._slots.join(ends)
         self._rows += [
             _Row(end + 1, embeds[row, end], int(positions[end]) - end, self._sampler(plan.decoding))

@@ -12,6 +12,7 @@ import soundfile
 from server.app import create_app
 from server.audio.clip import Excerpt
 from server.audio.segmentation import excerpts
+from server.longform import Advance
 from server.options import TranscribeOptions
 from server.pipeline import transcribe_upload
 from server.settings import Settings
@@ -91,7 +92,10 @@ async def test_a_minute_and_more_is_what_its_pieces_say_in_order(runtime, senten
     told = []
     found = await transcribe(runtime, waveform, told.append, timestamps="word", vad=vad)
     assert found.duration_s == seconds
-    assert found.text == " ".join(segment.text for segment in found.segments) == "".join(told)
+    texts = [each for each in told if isinstance(each, str)]
+    assert found.text == " ".join(segment.text for segment in found.segments) == "".join(texts)
+    assert all(each.total_s == seconds for each in told if isinstance(each, Advance))
+    assert isinstance(told[-1], Advance)
     if seconds == 60:
         # FLAC holds 16 bits.
         pieces = cut((waveform * 32768).round().astype(np.float32) / 32768, vad=vad)

@@ -281,6 +281,7 @@ class ScriptedEngine:
 
     max_audio_s = 30.0
     languages = ()
+    prompt_additions = frozenset()
 
     def __init__(self, pieces, end="stop"):
         self.pieces = pieces
@@ -341,6 +342,39 @@ async def test_a_stream_that_fails_midway_says_so_and_does_not_end_well(error, c
         assert "secret" not in response.text
         metrics = (await client.get("/metrics")).text
         assert f'speechllm_requests_refused_total{{code="{code}"}} 1.0' in metrics
+
+
+async def test_a_stream_of_a_long_recording_says_how_far_it_is():
+    engine = ScriptedEngine(["word"])
+    engine.max_audio_s = 2.0
+    recording = upload(encode(speechlike(6.0)))
+    async with serving(Settings(decode_workers=1), engine) as client:
+        await until_ready(client)
+        response = await client.post("/transcribe", **recording, data={"stream": "true"})
+        *frames, end = frames_of(response.text)
+        assert end == "[DONE]"
+        events = [json.loads(frame) for frame in frames]
+        progress = [each for each in events if each["type"] == "transcript.progress"]
+        assert len(progress) == len(engine.submitted) > 2
+        assert {each["duration"] for each in progress} == {6.0}
+        processed_s = [each["processed"] for each in progress]
+        assert processed_s == sorted(set(processed_s))
+        assert 4.0 < processed_s[-1] <= 6.0
+        # OpenAI's API has no such event.
+        response = await client.post(
+            "/v1/audio/transcriptions", **recording, data={"stream": "true"}
+        )
+        kinds = {json.loads(frame)["type"] for frame in frames_of(response.text)[:-1]}
+        assert kinds == {"transcript.text.delta", "transcript.text.done"}
+
+
+@pytest.mark.parametrize("field", ["hotwords", "condition_on_previous_text"])
+async def test_what_the_checkpoint_was_not_trained_with_is_refused(client, field):
+    response = await ask(client, **{field: "true"})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["code"], error["param"]) == ("invalid_request", field)
+    assert "this checkpoint takes no" in error["message"]
 
 
 @pytest.fixture

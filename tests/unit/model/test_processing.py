@@ -206,3 +206,31 @@ def test_token_budget_grows_with_duration(tiny_checkpoint: Path) -> None:
     config = load_config(tiny_checkpoint)
     assert token_budget(config, 0.1) == 5
     assert token_budget(config, 10.0) == 44
+
+
+def test_a_prompt_is_extended_by_what_the_model_was_trained_to_read(tiny_checkpoint: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    made = SpeechLLMProcessor(
+        WhisperFeatureExtractor(), tokenizer, prompt="Say.", prompt_additions={"hotwords": " [{}]"}
+    )
+    assert made.extended_prompt(hotwords="zero, one") == "Say. [zero, one]"
+    assert made.extended_prompt("What?", hotwords="{} {}") == "What? [{} {}]"
+    assert made.extended_prompt(hotwords="") == made.extended_prompt() == "Say."
+    with pytest.raises(ValueError, match="takes no previous_text"):
+        made.extended_prompt(previous_text="zero")
+
+
+@pytest.mark.parametrize(
+    ("additions", "reason"),
+    [
+        ({"keywords": "{}"}, "not 'keywords'"),
+        ({"hotwords": "Words:"}, "needs {} once"),
+        ({"hotwords": "{} {}"}, "needs {} once"),
+    ],
+)
+def test_an_addition_needs_a_known_name_and_one_place(
+    tiny_checkpoint: Path, additions: dict[str, str], reason: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    with pytest.raises(ValueError, match=reason):
+        SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer, prompt_additions=additions)

@@ -35,7 +35,7 @@ class ScriptedEngine:
         self.running = self.most_running = self.cancelled = 0
         self.may_answer = asyncio.Event()
         self.may_answer.set()
-        self.fails_on = None
+        self.fails_on = self.loops_on = None
 
     async def submit(self, request):
         self.requests.append(request)
@@ -56,7 +56,8 @@ class ScriptedEngine:
         if request.on_piece is not None:
             for part in (text[:2], text[2:]):
                 request.on_piece(Piece(part, Token(5), None))
-        return EngineResult(text, "en", "stop", (5,), 0.0, 0.0, 0.0, 0.0, 0.0, 1)
+        ending = "loop" if number == self.loops_on else "stop"
+        return EngineResult(text, "en", ending, (5,), 0.0, 0.0, 0.0, 0.0, 0.0, 1)
 
 
 class Decoding:
@@ -84,7 +85,7 @@ class Decoding:
 
 
 class Bench:
-    def __init__(self, *, in_flight=3, places=2, timeout_s=60.0, latest_s=None, on_text=None):
+    def __init__(self, *, in_flight=3, places=2, timeout_s=60.0, latest_s=None, **options):
         self.engine = ScriptedEngine()
         self.admission = Admission(max_requests=100, max_audio_s=1000.0)
         self.ticket = self.admission.take(120.0)
@@ -98,7 +99,7 @@ class Bench:
             in_flight=in_flight,
             ticket=self.ticket,
             long_recordings=self.long_recordings,
-            on_text=on_text,
+            **options,
         )
 
     async def run(self, decoding):
@@ -224,6 +225,40 @@ async def test_a_decoder_that_gives_nothing_until_the_deadline_is_given_up():
 
     with pytest.raises(DeadlineExceededError):
         await Bench(timeout_s=0.01).transcriber.run(stuck())
+
+
+async def test_a_conditioned_excerpt_waits_for_the_text_of_the_one_before():
+    bench = Bench(conditioned=True)
+    bench.engine.loops_on = 2
+    recording = await bench.run(Decoding(5))
+    assert bench.engine.most_running == 1
+    assert [part.result.text for part in recording.parts] == [f"word{i}" for i in range(5)]
+    given = [request.previous_text for request in bench.engine.requests]
+    # A text that looped is no example to follow.
+    assert given == ["", "word0", "word1", "", "word3"]
+
+
+async def test_unconditioned_excerpts_have_no_text_before_them():
+    bench = Bench()
+    await bench.run(Decoding(3))
+    assert {request.previous_text for request in bench.engine.requests} == {""}
+
+
+async def test_a_long_recording_tells_how_far_it_is_done():
+    told = []
+    await Bench(on_advance=told.append).run(Decoding(5))
+    processed_s = [each.processed_s for each in told]
+    assert processed_s == sorted(set(processed_s))
+    assert processed_s[-1] == 50.0
+    claimed = []
+    await Bench(on_advance=claimed.append, claimed_s=51.0).run(Decoding(5))
+    assert {each.total_s for each in claimed} == {51.0}
+
+
+async def test_a_short_recording_tells_nothing_on_the_way():
+    told = []
+    await Bench(on_advance=told.append).run(Decoding(1))
+    assert told == []
 
 
 async def test_nothing_said_is_no_part():

@@ -8,9 +8,11 @@ from server.client import (
     AuthenticationError,
     ConnectionFailedError,
     OverloadedError,
+    Progress,
     RequestRefusedError,
     ServerFailedError,
     TextDelta,
+    Transcription,
     UnexpectedAnswerError,
 )
 from server.client.exchange import (
@@ -130,14 +132,18 @@ def stream_of(*events):
 def test_events_may_be_cut_anywhere_and_hold_any_character(size):
     delta = "a b\x85c Өнөөдөр"
     data = stream_of(
-        {"type": "transcript.text.delta", "delta": delta}, {"type": "transcript.text.done", **BODY}
+        {"type": "transcript.text.delta", "delta": delta},
+        {"type": "transcript.progress", "processed": 1.5, "duration": None},
+        {"type": "transcript.text.done", **BODY},
     )
     reader = EventReader(httpx.Response(200))
     chunks = [data[at : at + size] for at in range(0, len(data), size)]
     events = [event for chunk in chunks for event in reader.feed(chunk)]
     reader.end()
     assert events[0] == TextDelta(delta)
-    assert [type(event).__name__ for event in events] == ["TextDelta", "Transcription"]
+    assert events[1] == Progress(1.5, None)
+    assert isinstance(events[2], Transcription)
+    assert len(events) == 3
 
 
 def test_a_stream_that_breaks_off_is_no_whole_one():
