@@ -249,12 +249,12 @@ class SpeechRunner:
         """The plans' sequences, with the hotwords that the CTC head has heard in their prompts."""
         laid_out = [plan.input_ids for plan in plans]
         rows = [row for row, plan in enumerate(plans) if plan.hotwords]
-        if not rows or audio.ctc_logits is None:
+        head = self._model.ctc_head
+        if not rows or head is None or audio.ctc_logits is None:
             return laid_out
-        blank_id = int(self._processor.tokenizer.pad_token_id)
-        paths = ctc_greedy(audio.ctc_logits[rows], audio.frame_lens[rows], blank_id)
+        paths = ctc_greedy(audio.ctc_logits[rows], audio.frame_lens[rows], head.blank)
         for row, path in zip(rows, paths, strict=True):
-            heard = self._processor.decode_transcript(path)
+            heard = self._processor.decode_transcript(head.to_token_ids(path))
             words = list_hotwords(heard_hotwords(plans[row].hotwords, heard))
             prompt = self._processor.extended_prompt(plans[row].prompt, hotwords=words)
             laid_out[row] = self._input_ids(int(audio.audio_lens[row]), prompt)
