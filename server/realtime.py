@@ -21,10 +21,11 @@ import numpy as np
 
 from server.agreement import GrowingText
 from server.audio.clip import SAMPLE_RATE_HZ, Excerpt
-from server.audio.pcm import SAMPLE_BYTES, PcmStream
+from server.audio.pcm import SAMPLE_BYTES, Encoding, PcmStream
 from server.audio.segmentation import excerpts
 from server.audio.turns import TurnBegan, TurnEnded, TurnFinder, TurnGrew, TurnPiece, VadOptions
 from server.audio.vad import SpeechDetector
+from server.engine.decoding import GREEDY, Decoding
 from server.engine.interface import EngineRequest
 from server.errors import (
     BufferEmptyError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 RATES_HZ = (24_000, 16_000, 8_000)
 """What a session's samples may come at; the first unless it says so."""
 
+_WITH_LOGPROBS = Decoding(logprobs=True)
 _MIN_COMMIT_S = 0.1
 _HEARING_S = 1.0  # of audio that is listened to at once, in a thread
 _RETRY_SESSIONS_S = 30.0  # nobody knows how long the open ones will last
@@ -99,15 +101,24 @@ class SessionConfig:
 
     Attributes:
         rate_hz: of its samples; one of RATES_HZ.
+        encoding: of its samples.
         vad: how turns are found; None leaves that to its commits.
         prompt: replaces the checkpoint's own.
         language: ISO 639-1 code of what is spoken; None leaves it to the model.
+        logprobs: whether it wants to know how sure the model was.
     """
 
     rate_hz: int = RATES_HZ[0]
+    encoding: Encoding = "pcm16"
     vad: VadOptions | None = field(default_factory=VadOptions)
     prompt: str | None = None
     language: str | None = None
+    logprobs: bool = False
+
+    @property
+    def bytes_per_s(self) -> int:
+        """Of its audio."""
+        return self.rate_hz * SAMPLE_BYTES[self.encoding]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +177,24 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A turn's whole text, which is all its deltas one after the other; ISO 639-1 language."""
+    """A turn's whole text, which is all its deltas one after the other.
+
+    Attributes:
+        item_id: of the turn.
+        previous_item_id: of the turn before.
+        text: the deltas put together.
+        audio_s: seconds.
+        language: ISO 639-1 code, None where the model does not tell.
+        logprobs: UTF-8 and log-probability of each token of the last transcripts of its pieces,
+            which the text may not follow where they contradict what was told; None if not wanted.
+    """
 
     item_id: str
     previous_item_id: str | None
     text: str
     audio_s: float
     language: str | None
+    logprobs: tuple[tuple[bytes, float], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +335,12 @@ class RealtimeSession:
             InvalidRequestError: it would change how audio is heard, and there is some that was not
                 committed.
         """
-        hears_anew = (config.rate_hz, config.vad) != (self.config.rate_hz, self.config.vad)
+        now = self.config
+        hears_anew = (config.rate_hz, config.encoding, config.vad) != (
+            now.rate_hz,
+            now.encoding,
+            now.vad,
+        )
         if hears_anew and (self._item is not None or self._buffer):
             raise InvalidRequestError(
                 "the format and turn_detection cannot change while audio waits to be committed: "
@@ -324,7 +351,7 @@ class RealtimeSession:
             self._begin_hearing()
 
     def _begin_hearing(self) -> None:
-        self._pcm = PcmStream(self.config.rate_hz)
+        self._pcm = PcmStream(self.config.rate_hz, self.config.encoding)
         self._buffer: list[NDArray[np.float32]] = []  # of a client that commits by itself
         self._finder: TurnFinder | None = None
         if self.config.vad is not None:
@@ -337,12 +364,12 @@ class RealtimeSession:
             )
 
     async def append(self, data: bytes) -> None:
-        """Take the next samples: signed 16 bit little-endian at the configured rate.
+        """Take the next samples, in the configured encoding and at the configured rate.
 
         Raises:
             BufferFullError: too much is held already; nothing of `data` was taken.
         """
-        bytes_per_s = self.config.rate_hz * SAMPLE_BYTES
+        bytes_per_s = self.config.bytes_per_s
         if self._held_s + len(data) / bytes_per_s > self._limits.max_buffer_s:
             raise BufferFullError(
                 f"{self._held_s:.1f} s of audio wait to be transcribed, and at most "
@@ -539,6 +566,7 @@ class RealtimeSession:
             audio_s=len(waveform) / SAMPLE_RATE_HZ,
             deadline_s=time.monotonic() + self._limits.request_timeout_s,
             prompt=self.config.prompt,
+            decoding=_WITH_LOGPROBS if self.config.logprobs else GREEDY,
         )
 
     def _tell(self, item: _Item, text: str) -> None:
@@ -561,7 +589,15 @@ class RealtimeSession:
         heard = Counter(each.language for each in item.results if each.language is not None)
         language = self.config.language or next((name for name, _ in heard.most_common(1)), None)
         text = item.text.text
-        self._emit(Completed(item.id, item.previous_id, text, item.audio_s, language))
+        logprobs = self._logprobs(item) if self.config.logprobs else None
+        self._emit(Completed(item.id, item.previous_id, text, item.audio_s, language, logprobs))
+
+    def _logprobs(self, item: _Item) -> tuple[tuple[bytes, float], ...]:
+        told: list[tuple[bytes, float]] = []
+        for result in item.results:
+            pieces = self._engine.token_bytes(result.token_ids)
+            told += zip(pieces, result.logprobs or (), strict=False)
+        return tuple(each for each in told if each[0])  # special tokens are no text
 
 
 def _milliseconds(samples: int) -> int:

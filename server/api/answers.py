@@ -10,18 +10,19 @@ from fastapi import Response
 from server import formats
 from server.api.schemas import (
     HypothesisBody,
-    LogprobBody,
     OpenAIBody,
     SegmentBody,
     Timings,
     TranscriptionBody,
     VerboseBody,
     WordBody,
+    logprob_body,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from server.api.schemas import LogprobBody
     from server.runtime import Runtime
     from server.transcription import Segment, Timestamps, Transcription, Word
 
@@ -128,7 +129,7 @@ def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBod
     for segment in transcription.segments:
         pieces = runtime.engine.token_bytes(segment.token_ids)
         answers += [
-            LogprobBody(token=piece.decode(errors="replace"), bytes=list(piece), logprob=logprob)
+            logprob_body(piece, logprob)
             for piece, logprob in zip(pieces, segment.logprobs or (), strict=False)
             if piece  # special tokens are no text
         ]

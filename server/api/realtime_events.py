@@ -16,14 +16,27 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from server import realtime
 from server.api.errors import ERROR_TABLE, UNEXPECTED
 from server.api.forms import MAX_PROMPT_CHARACTERS
+from server.api.schemas import logprob_body
 from server.audio.turns import VadOptions
 from server.errors import InvalidRequestError, ServerError
-from server.realtime import SessionConfig
+from server.realtime import RATES_HZ, SessionConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from server.audio.pcm import Encoding
+
 _MAX_SILENCE_MS = 10_000
+_G711_HZ = 8_000
+_ENCODINGS: dict[str, Encoding] = {
+    "audio/pcm": "pcm16",
+    "audio/pcmu": "pcmu",
+    "audio/pcma": "pcma",
+}
+_FORMATS = {encoding: type_ for type_, encoding in _ENCODINGS.items()}
+# What the formats were called in earlier versions of the API.
+_FORMER_FORMATS = {"pcm16": "audio/pcm", "g711_ulaw": "audio/pcmu", "g711_alaw": "audio/pcma"}
+_LOGPROBS = "item.input_audio_transcription.logprobs"
 
 
 class _Fields(BaseModel):
@@ -31,8 +44,29 @@ class _Fields(BaseModel):
 
 
 class _Format(_Fields):
-    type: Literal["audio/pcm"] = "audio/pcm"
-    rate: Literal[24_000, 16_000, 8_000] = 24_000
+    type: Literal["audio/pcm", "audio/pcmu", "audio/pcma"] = "audio/pcm"
+    rate: Literal[24_000, 16_000, 8_000] | None = None
+
+    @property
+    def encoding(self) -> Encoding:
+        """How a sample is written."""
+        return _ENCODINGS[self.type]
+
+    @property
+    def rate_hz(self) -> int:
+        """Samples a second.
+
+        Raises:
+            InvalidRequestError: G.711 at another rate than its own.
+        """
+        if self.encoding == "pcm16":
+            return self.rate or RATES_HZ[0]
+        if self.rate not in {None, _G711_HZ}:
+            raise InvalidRequestError(
+                f"{self.type} has {_G711_HZ} samples a second, not {self.rate}",
+                param="session.audio.input.format.rate",
+            )
+        return _G711_HZ
 
 
 class _Transcription(_Fields):
@@ -52,13 +86,13 @@ class _ServerVad(_Fields):
     idle_timeout_ms: None = None
 
 
-def _pcm16(value: Any) -> Any:  # noqa: ANN401 - not validated yet
-    """Take the name that the format had in earlier versions of the API."""
-    return {"type": "audio/pcm"} if value == "pcm16" else value
+def _format(value: Any) -> Any:  # noqa: ANN401 - not validated yet
+    """Take the names that formats had in earlier versions of the API."""
+    return {"type": _FORMER_FORMATS.get(value, value)} if isinstance(value, str) else value
 
 
 class _Input(_Fields):
-    format: Annotated[_Format, BeforeValidator(_pcm16)] | None = None
+    format: Annotated[_Format, BeforeValidator(_format)] | None = None
     transcription: _Transcription | None = None
     turn_detection: _ServerVad | None = None
     noise_reduction: None = None
@@ -71,7 +105,7 @@ class _Audio(_Fields):
 class _Session(_Fields):
     type: Literal["transcription"]
     audio: _Audio = _Audio()
-    include: Annotated[list[str], Field(max_length=0)] | None = None
+    include: list[Literal["item.input_audio_transcription.logprobs"]] | None = None
 
 
 class _ClientEvent(_Fields):
@@ -88,11 +122,17 @@ class SessionUpdate(_ClientEvent):
         """Return the configuration after it.
 
         Raises:
+            InvalidRequestError: a format at a rate that it does not have.
             ModelUnknownError: it names another model.
         """
         given = self.session.audio.input
-        rate_hz = given.format.rate if given.format is not None else config.rate_hz
+        rate_hz, encoding = config.rate_hz, config.encoding
+        if given.format is not None:
+            rate_hz, encoding = given.format.rate_hz, given.format.encoding
         vad, prompt, language = config.vad, config.prompt, config.language
+        logprobs = config.logprobs
+        if "include" in self.session.model_fields_set:
+            logprobs = bool(self.session.include)
         if "turn_detection" in given.model_fields_set:
             vad = _vad_options(given.turn_detection)
         if (text := given.transcription) is not None:
@@ -102,7 +142,7 @@ class SessionUpdate(_ClientEvent):
                 prompt = text.prompt if (text.prompt or "").strip() else None
             if "language" in text.model_fields_set:
                 language = text.language
-        return SessionConfig(rate_hz=rate_hz, vad=vad, prompt=prompt, language=language)
+        return SessionConfig(rate_hz, encoding, vad, prompt, language, logprobs)
 
 
 class Append(_ClientEvent):
@@ -201,7 +241,7 @@ def session_event(
         "expires_at": expires_at,
         "audio": {
             "input": {
-                "format": {"type": "audio/pcm", "rate": config.rate_hz},
+                "format": _told_format(config),
                 "transcription": {
                     "model": model,
                     "language": config.language,
@@ -211,9 +251,14 @@ def session_event(
                 "turn_detection": turn_detection,
             }
         },
-        "include": None,
+        "include": [_LOGPROBS] if config.logprobs else None,
     }
     return _event(kind, session=session)
+
+
+def _told_format(config: SessionConfig) -> dict[str, Any]:
+    told: dict[str, Any] = {"type": _FORMATS[config.encoding]}
+    return told | {"rate": config.rate_hz} if config.encoding == "pcm16" else told
 
 
 def error_event(error: ServerError, event_id: str | None = None) -> dict[str, Any]:
@@ -274,9 +319,17 @@ def _completed_events(event: realtime.Completed) -> list[dict[str, Any]]:
     usage = {"type": "duration", "seconds": round(event.audio_s, 3)}
     item = _user_message(event.item_id, event.text, "completed")
     languages = [{"code": event.language}] if event.language is not None else []
+    logprobs = None
+    if event.logprobs is not None:
+        logprobs = [logprob_body(*each).model_dump() for each in event.logprobs]
     return [
         _transcription_event(
-            "completed", event.item_id, transcript=event.text, usage=usage, languages=languages
+            "completed",
+            event.item_id,
+            transcript=event.text,
+            usage=usage,
+            languages=languages,
+            logprobs=logprobs,
         ),
         _event("conversation.item.done", item=item, previous_item_id=event.previous_item_id),
     ]

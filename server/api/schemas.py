@@ -65,6 +65,11 @@ class LogprobBody(BaseModel):
     logprob: float = Field(description="Natural logarithm of its probability.")
 
 
+def logprob_body(text: bytes, logprob: float) -> LogprobBody:
+    """Describe a token by its UTF-8 and its log-probability."""
+    return LogprobBody(token=text.decode(errors="replace"), bytes=list(text), logprob=logprob)
+
+
 class UsageBody(BaseModel):
     """What the request used."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import soxr
@@ -12,30 +12,60 @@ from server.audio.clip import SAMPLE_RATE_HZ
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SAMPLE_BYTES = 2
+Encoding = Literal["pcm16", "pcmu", "pcma"]
+"""Signed 16 bit little-endian, or a byte a sample by G.711's mu-law or A-law."""
+
+SAMPLE_BYTES: dict[Encoding, int] = {"pcm16": 2, "pcmu": 1, "pcma": 1}
 _FULL_SCALE = 32_768.0
 
 
-class PcmStream:
-    """Decodes signed 16 bit little-endian mono PCM; how it is split into pieces changes nothing."""
+def _mu_law() -> NDArray[np.float32]:
+    """Samples of all mu-law bytes (256,). Source: ITU-T G.711, table 2, in steps of 16 bit PCM."""
+    codes = ~np.arange(256, dtype=np.uint8)
+    exponent, mantissa = (codes >> 4) & 7, (codes & 15).astype(np.int32)
+    magnitude = (((mantissa << 3) + 0x84) << exponent) - 0x84
+    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
 
-    def __init__(self, rate_hz: int) -> None:
+
+def _a_law() -> NDArray[np.float32]:
+    """Samples of all A-law bytes (256,). Source: ITU-T G.711, table 1, in steps of 16 bit PCM."""
+    codes = np.arange(256, dtype=np.uint8) ^ 0x55
+    exponent, mantissa = (codes >> 4) & 7, (codes & 15).astype(np.int32)
+    first = exponent == 0
+    magnitude = ((mantissa << 4) + np.where(first, 8, 0x108)) << np.where(first, 0, exponent - 1)
+    return np.where(codes & 0x80, magnitude, -magnitude).astype(np.float32)
+
+
+_G711 = {"pcmu": _mu_law(), "pcma": _a_law()}
+
+
+class PcmStream:
+    """Decodes mono samples; how they are split into pieces changes nothing."""
+
+    def __init__(self, rate_hz: int, encoding: Encoding = "pcm16") -> None:
         """Begin before the first byte.
 
         Args:
             rate_hz: of the samples that come.
+            encoding: of these.
         """
         self._rate_hz = rate_hz
+        self._encoding: Encoding = encoding
         self._rest = b""  # half a sample
         self._resampler = self._make_resampler()
 
     def push(self, data: bytes) -> NDArray[np.float32]:
         """Return what these bytes complete (n,), float32, 16 kHz."""
         data = self._rest + data
-        whole = len(data) - len(data) % SAMPLE_BYTES
+        whole = len(data) - len(data) % SAMPLE_BYTES[self._encoding]
         self._rest = data[whole:]
-        samples = np.frombuffer(data[:whole], "<i2").astype(np.float32) / np.float32(_FULL_SCALE)
+        samples = self._samples(data[:whole]) / np.float32(_FULL_SCALE)
         return samples if self._resampler is None else self._resampler.resample_chunk(samples)
+
+    def _samples(self, data: bytes) -> NDArray[np.float32]:
+        if self._encoding == "pcm16":
+            return np.frombuffer(data, "<i2").astype(np.float32)
+        return _G711[self._encoding][np.frombuffer(data, np.uint8)]
 
     def finish(self) -> NDArray[np.float32]:
         """Return what the filter still holds (n,), and begin anew; half a sample is dropped."""

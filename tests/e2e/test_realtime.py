@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import io
 import json
 import re
 import signal
@@ -149,6 +150,36 @@ def test_binary_frames_and_a_commit_by_hand_at_every_rate(server, rate_hz):
     assert texts[0] == texts[1] != ""
 
 
+@pytest.mark.parametrize(
+    ("kind", "former", "subtype"),
+    [("audio/pcmu", "g711_ulaw", "ULAW"), ("audio/pcma", "g711_alaw", "ALAW")],
+)
+def test_g711_says_what_the_same_samples_say_as_pcm16(server, kind, former, subtype):
+    _, client = server
+    samples = np.frombuffer(speech(rate_hz=8_000), "<i2")
+    file = io.BytesIO()
+    soundfile.write(file, samples, 8_000, format="RAW", subtype=subtype)
+    coded = file.getvalue()
+    as_read = {"format": "RAW", "subtype": subtype, "channels": 1, "samplerate": 8_000}
+    decoded, _ = soundfile.read(io.BytesIO(coded), dtype="int16", **as_read)
+    texts = []
+    with open_session(client) as socket:
+        receive(socket)
+        for given, data in (
+            ({"type": kind}, coded),
+            (former, coded),
+            ({"type": "audio/pcm", "rate": 8_000}, decoded.tobytes()),
+        ):
+            update(socket, turn_detection=None, format=given)
+            told = receive(socket)["session"]["audio"]["input"]["format"]
+            assert told == ({"type": kind} if given == former else given)
+            socket.send(data)
+            send(socket, "input_audio_buffer.commit")
+            events = receive_until(socket, "conversation.item.done")
+            texts += [event["transcript"] for event in events if event["type"] == COMPLETED]
+    assert texts[0] == texts[1] == texts[2] != ""
+
+
 def test_a_cleared_buffer_is_empty(server):
     _, client = server
     with open_session(client) as socket:
@@ -182,6 +213,18 @@ def test_a_cleared_buffer_is_empty(server):
             '{"input": {"format": {"type": "audio/pcm", "rate": 44100}}}}}',
             "invalid_request",
             "session.audio.input.format.rate",
+        ),
+        (
+            '{"type": "session.update", "session": {"type": "transcription", "audio": '
+            '{"input": {"format": {"type": "audio/pcmu", "rate": 16000}}}}}',
+            "invalid_request",
+            "session.audio.input.format.rate",
+        ),
+        (
+            '{"type": "session.update", "session": {"type": "transcription", '
+            '"include": ["item.input_audio_transcription.mood"]}}',
+            "invalid_request",
+            "session.include.0",
         ),
         (
             '{"type": "session.update", "session": {"type": "transcription", "audio": '
@@ -318,6 +361,7 @@ def test_the_openai_sdk_works_unchanged(server):
         connection.session.update(
             session={
                 "type": "transcription",
+                "include": ["item.input_audio_transcription.logprobs"],
                 "audio": {
                     "input": {
                         "format": {"type": "audio/pcm", "rate": 24_000},
@@ -338,6 +382,10 @@ def test_the_openai_sdk_works_unchanged(server):
                 deltas.append(event.delta)
             elif event.type == COMPLETED:
                 texts.append(event.transcript)
+                spelt = b"".join(bytes(each.bytes) for each in event.logprobs)
+                # Of the last transcript, which may contradict what was told before.
+                assert spelt
+                assert all(each.logprob <= 0 for each in event.logprobs)
                 break
             assert event.type != "error", event
     assert texts == ["".join(deltas)] != [""]
