@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,7 +33,7 @@ from model.transcription import Transcriber
 from server.engine.runner import use_cpu_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_S = 600.0
@@ -122,11 +123,17 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     sys.exit(f"error: {url} was not ready within {READY_TIMEOUT_S:g} s")
 
 
-def sequential_app(transcriber: Transcriber, threads: int = 0) -> FastAPI:
-    """Make an app that transcribes one upload at a time, off the event loop."""
+def sequential_app(load: Callable[[], Transcriber], threads: int = 0) -> FastAPI:
+    """Make an app that transcribes one upload at a time, off the event loop.
+
+    Args:
+        load: called once, in the thread that computes.
+        threads: that torch computes with; 0 takes all cores.
+    """
     app = FastAPI()
-    # One thread, always the same: every thread that computes would bring up a team of its own.
+    # One thread for all of torch's work, loading included; see `use_cpu_threads`.
     device_thread = ThreadPoolExecutor(1, initializer=use_cpu_threads, initargs=(threads,))
+    transcriber = device_thread.submit(load).result()
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -153,8 +160,7 @@ def main(
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
 ) -> None:
     """Serve one upload after another."""
-    use_cpu_threads(threads)
-    app = sequential_app(Transcriber.from_pretrained(model, device, dtype), threads)
+    app = sequential_app(partial(Transcriber.from_pretrained, model, device, dtype), threads)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 
