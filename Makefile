@@ -32,6 +32,7 @@ bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.decode_step --output benchmarks/results/decode-step
 	$(BIN)/python -m benchmarks.suite --output benchmarks/results/suite
+	$(BIN)/python -m benchmarks.startup --output benchmarks/results/startup
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu

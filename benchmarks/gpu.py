@@ -90,13 +90,13 @@ def main(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the server is another process
         slots = max(RTFX_TO_REACH)
-        with our_server(model, device, dtype, 0, max_batch_size=slots) as url:
+        with our_server(model, device, dtype, 0, max_batch_size=slots) as server:
             clips = make_clips([], slots, shortest_s=CLIP_S, longest_s=CLIP_S)
-            run_clients(url, clips, slots, Measurement("warm-up"))
+            run_clients(server.url, clips, slots, Measurement("warm-up"))
             for clients, aim in RTFX_TO_REACH.items():
                 measurement = Measurement(f"{clients} clients")
                 posted = (clips * CLIPS_PER_CLIENT)[: clients * CLIPS_PER_CLIENT]
-                run_clients(url, posted, clients, measurement)
+                run_clients(server.url, posted, clients, measurement)
                 name = f"clips of {CLIP_S:g} s over HTTP, clients: {clients}, RTFx"
                 rows.append([name, f"{measurement.rtfx:.0f}", f"{aim:.0f}"])
     print(markdown_table(["", "measured", "to reach"], rows))  # noqa: T201 - the command's answer

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -32,10 +34,11 @@ from model.transcription import Transcriber
 from server.engine.runner import use_cpu_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_TIMEOUT_S = 600.0
+READY_INTERVAL_S = 0.05
 END_TIMEOUT_S = 60.0
 
 Peer = Literal["sequential generate", "LitServe"]
@@ -47,11 +50,26 @@ _PEERS: dict[Peer, tuple[str, str]] = {
 """Modules, and paths that answer once they are ready."""
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server process that is ready.
+
+    Attributes:
+        url: where it listens.
+        process_id: of its first process.
+        ready_s: how long that took, from starting the process.
+    """
+
+    url: str
+    process_id: int
+    ready_s: float
+
+
 @contextlib.contextmanager
 def our_server(
     model: Path, device: str, dtype: str, threads: int, *, max_batch_size: int = 32
-) -> Iterator[str]:
-    """Run `speechllm serve`; yield its URL once it is ready."""
+) -> Iterator[Server]:
+    """Run `speechllm serve`; yield it once it is ready."""
     port = _free_port()
     command = ["-m", "server.cli", "serve", "--model", str(model), "--device", device]
     command += ["--dtype", dtype, "--port", str(port), "--log-level", "warning"]
@@ -61,18 +79,18 @@ def our_server(
     command += ["--max-queue-audio-s", str(max(1800, 60 * max_batch_size))]
     # Random weights repeat themselves, and must not be cut for it.
     command += ["--loop-guard", "false", "--cuda-graphs", "true"]
-    with _process(command, port, "/health/ready") as url:
-        yield url
+    with _process(command, port, "/health/ready") as server:
+        yield server
 
 
 @contextlib.contextmanager
-def peer_server(peer: Peer, model: Path, device: str, dtype: str, threads: int) -> Iterator[str]:
-    """Run another server; yield its URL once it is ready."""
+def peer_server(peer: Peer, model: Path, device: str, dtype: str, threads: int) -> Iterator[Server]:
+    """Run another server; yield it once it is ready."""
     port = _free_port()
     module, path = _PEERS[peer]
     command = ["-m", module, "--model", str(model), "--device", device, "--dtype", dtype]
-    with _process([*command, "--port", str(port), "--threads", str(threads)], port, path) as url:
-        yield url
+    with _process([*command, "--port", str(port), "--threads", str(threads)], port, path) as server:
+        yield server
 
 
 def missing(peer: Peer) -> str | None:
@@ -90,14 +108,15 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _process(arguments: Sequence[str], port: int, ready_path: str) -> Iterator[str]:
+def _process(arguments: Sequence[str], port: int, ready_path: str) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
+    started_s = time.monotonic()
     process = subprocess.Popen(  # noqa: S603 - our own command lines
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
     try:
         _wait_until_ready(process, url + ready_path)
-        yield url
+        yield Server(url, process.pid, time.monotonic() - started_s)
     finally:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -110,23 +129,28 @@ def _process(arguments: Sequence[str], port: int, ready_path: str) -> Iterator[s
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        if process.poll() is not None:
-            sys.exit(f"error: the server of {url} ended before it was ready")
-        try:
-            if httpx.get(url, timeout=5).status_code == httpx.codes.OK:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
+    with httpx.Client(timeout=5) as client:  # to make one anew each time would cost the server
+        while time.monotonic() < deadline_s:
+            if process.poll() is not None:
+                sys.exit(f"error: the server of {url} ended before it was ready")
+            with contextlib.suppress(httpx.TransportError):
+                if client.get(url).status_code == httpx.codes.OK:
+                    return
+            time.sleep(READY_INTERVAL_S)
     sys.exit(f"error: {url} was not ready within {READY_TIMEOUT_S:g} s")
 
 
-def sequential_app(transcriber: Transcriber, threads: int = 0) -> FastAPI:
-    """Make an app that transcribes one upload at a time, off the event loop."""
+def sequential_app(load: Callable[[], Transcriber], threads: int = 0) -> FastAPI:
+    """Make an app that transcribes one upload at a time, off the event loop.
+
+    Args:
+        load: called once, in the thread that computes.
+        threads: that torch computes with; 0 takes all cores.
+    """
     app = FastAPI()
-    # One thread, always the same: every thread that computes would bring up a team of its own.
+    # One thread for all of torch's work, loading included; see `use_cpu_threads`.
     device_thread = ThreadPoolExecutor(1, initializer=use_cpu_threads, initargs=(threads,))
+    transcriber = device_thread.submit(load).result()
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:
@@ -153,8 +177,7 @@ def main(
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
 ) -> None:
     """Serve one upload after another."""
-    use_cpu_threads(threads)
-    app = sequential_app(Transcriber.from_pretrained(model, device, dtype), threads)
+    app = sequential_app(partial(Transcriber.from_pretrained, model, device, dtype), threads)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
 

@@ -26,7 +26,13 @@ Shape = Literal["default", "small", "0.5b"]
 whisper-tiny and Qwen2.5-0.5B's shape, random."""
 
 
-def make_checkpoint(shape: Shape, folder: Path, tokens_per_audio_s: float) -> Path:
+def make_checkpoint(
+    shape: Shape,
+    folder: Path,
+    tokens_per_audio_s: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Return the folder of a checkpoint of this shape, written to `folder` if it is random.
 
     Args:
@@ -34,6 +40,7 @@ def make_checkpoint(shape: Shape, folder: Path, tokens_per_audio_s: float) -> Pa
         folder: where to write.
         tokens_per_audio_s: that a random checkpoint says of each second; the default says what it
             was trained to.
+        dtype: that a random checkpoint is stored in; None for fp32.
     """
     if shape == "default":
         return DEFAULT_CHECKPOINT
@@ -65,7 +72,7 @@ def make_checkpoint(shape: Shape, folder: Path, tokens_per_audio_s: float) -> Pa
         encoder_mode=config.encoder_mode,
         prompt=config.prompt,
     )
-    save_model(model, folder, processor=processor)
+    save_model(model, folder, processor=processor, dtype=dtype)
     return folder
 
 

@@ -95,12 +95,12 @@ def run_scenario(scenario: Scenario, clips: Sequence[Clip], options: Options) ->
         rate = scenario.tokens_per_audio_s or 0.0
         model = make_checkpoint(scenario.shape, folder / "model", rate)
         place = (options.device, options.dtype, options.threads)
-        urls = {OURS: stack.enter_context(our_server(model, *place))}
+        urls = {OURS: stack.enter_context(our_server(model, *place)).url}
         for peer in get_args(Peer):
             if (reason := missing(peer)) is not None:
                 scenario.left_out[peer] = reason
                 continue
-            urls[peer] = stack.enter_context(peer_server(peer, model, *place))
+            urls[peer] = stack.enter_context(peer_server(peer, model, *place)).url
         offline = _offline(scenario, model, folder, options)
         for url in urls.values():
             run_clients(url, clips[:2], 1, Measurement("warm-up"))

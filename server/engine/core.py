@@ -335,11 +335,8 @@ class EngineCore:
             each.rows = [len(self._rows)]
             self._rows.append(each)
             self._running[each.queued.key] = each
-        durations_s = [each.queued.request.audio_s for each in batch]
-        padded_s = len(batch) * max(*durations_s, self._limits.window_s)
-        self._report.add_start(
-            clips=len(batch), audio_s=sum(durations_s), padded_audio_s=padded_s, report=report
-        )
+        audio_s = sum(each.queued.request.audio_s for each in batch)
+        self._report.add_start(clips=len(batch), audio_s=audio_s, report=report)
 
     def _refuse(self, queued: _Queued, error: ServerError) -> None:
         self._ended["failed"] += 1

@@ -147,10 +147,25 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class StartReport:
-    """Seconds that starting some sequences took: up to audio embeddings, and prefilling."""
+    """What starting some sequences took.
 
-    encode_s: float
-    prefill_s: float
+    Attributes:
+        encode_s: from waveforms to audio embeddings.
+        prefill_s: from there to filled KV slots.
+        padded_audio_s: length of what the encoder worked on, padding included.
+    """
+
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    padded_audio_s: float = 0.0
+
+    def __add__(self, other: StartReport) -> StartReport:
+        """What both took."""
+        return StartReport(
+            self.encode_s + other.encode_s,
+            self.prefill_s + other.prefill_s,
+            self.padded_audio_s + other.padded_audio_s,
+        )
 
 
 @dataclass(slots=True)
@@ -160,7 +175,7 @@ class IterationReport:
     Attributes:
         start_sizes: clips of each batch that was started.
         audio_s: their length together.
-        padded_audio_s: what the encoder worked on: clips times the longest.
+        padded_audio_s: length of what the encoder worked on, padding included.
         encode_s: up to their audio embeddings.
         prefill_s: from there to filled KV slots.
         decoded_rows: sequences in the decode step; 0 without one.
@@ -188,13 +203,11 @@ class IterationReport:
         """Whether the device did anything."""
         return bool(self.start_sizes or self.decoded_rows or self.failures)
 
-    def add_start(
-        self, *, clips: int, audio_s: float, padded_audio_s: float, report: StartReport
-    ) -> None:
+    def add_start(self, *, clips: int, audio_s: float, report: StartReport) -> None:
         """Count a started batch."""
         self.start_sizes.append(clips)
         self.audio_s += audio_s
-        self.padded_audio_s += padded_audio_s
+        self.padded_audio_s += report.padded_audio_s
         self.encode_s += report.encode_s
         self.prefill_s += report.prefill_s
 

@@ -151,15 +151,19 @@ class KVSlots(Cache):
         """Slots that nobody uses."""
         return self.plan.n_slots - len(self._lens)
 
-    def begin_prefill(self, n_rows: int) -> None:
+    def begin_prefill(self, n_rows: int, *, after: int = 0) -> None:
         """Let the next pass write `n_rows` prompts, right-padded, behind the used rows.
+
+        Args:
+            n_rows: of the pass.
+            after: rows behind the used ones that were written and have not joined yet.
 
         Raises:
             ValueError: not so many slots are free.
         """
-        if n_rows > self.free:
-            raise ValueError(f"{n_rows} slots are wanted, {self.free} are free")
-        first = len(self._lens)
+        if after + n_rows > self.free:
+            raise ValueError(f"{after + n_rows} slots are wanted, {self.free} are free")
+        first = len(self._lens) + after
         self._access.begin(slice(first, first + n_rows))
 
     def join(self, lens: Sequence[int]) -> None:

@@ -62,7 +62,12 @@ _WARM_UP_STEPS = 2
 
 
 def use_cpu_threads(count: int) -> None:
-    """Let torch work with so many threads for the calling one; 0 takes all cores there are."""
+    """Let torch compute with so many threads in the calling one; 0 takes all cores there are.
+
+    Only one thread of a process should compute, loading included: each that does brings up OpenMP
+    workers of its own, and where there are more of these than cores, GNU's OpenMP lets them sleep
+    between any two operations instead of spin, which halves the speed of a small model.
+    """
     torch.set_num_threads(count or len(os.sched_getaffinity(0)))
 
 
@@ -94,6 +99,7 @@ class SpeechRunner:
         *,
         max_slots: int,
         kv_cache_bytes: int | None = None,
+        pads_batches: bool | None = None,
         make_pass: Callable[[PreTrainedModel], DecoderPass] = choose_pass,
     ) -> None:
         """Allocate the KV slots.
@@ -103,6 +109,9 @@ class SpeechRunner:
             max_slots: most sequences that will run together.
             kv_cache_bytes: memory for keys and values; None takes 60 % of what is free on a CUDA
                 device, and up to 2 GiB on a CPU.
+            pads_batches: encode and prefill clips that start together as one padded batch, not one
+                after another; None does on a CUDA device. A CPU gains nothing from a batch, and
+                would compute its padding.
             make_pass: how its decode steps go through the LLM.
 
         Raises:
@@ -110,6 +119,7 @@ class SpeechRunner:
         """
         self._model, self._processor = transcriber.model, transcriber.processor
         self._config, self._device = transcriber.config, transcriber.device
+        self._pads_batches = self._device.type == "cuda" if pads_batches is None else pads_batches
         self._llm: PreTrainedModel = self._model.llm
         _require_arguments(self._llm)
         self._decode = make_pass(self._llm)
@@ -266,10 +276,27 @@ class SpeechRunner:
 
         A failure leaves the slots as they were.
         """
-        started_s = time.perf_counter()
-        audio = self._embed_audio(plans)
+        batches = [plans] if self._pads_batches else [[plan] for plan in plans]
+        report = StartReport()
+        rows: list[_Row] = []
+        for batch in batches:
+            began_s = time.perf_counter()
+            audio = self._embed_audio(batch)
+            encoded_s = time.perf_counter()
+            rows += self._prefill(batch, audio, after=len(rows))
+            longest_s = max(plan.waveform.size for plan in batch) / SAMPLE_RATE_HZ
+            report += StartReport(
+                encode_s=encoded_s - began_s,
+                prefill_s=time.perf_counter() - encoded_s,
+                padded_audio_s=len(batch) * max(longest_s, self.window_s),
+            )
+        self._slots.join([row.prompt_tokens - 1 for row in rows])
+        self._rows += rows
+        return report
+
+    def _prefill(self, plans: Sequence[Plan], audio: EmbeddedAudio, *, after: int) -> list[_Row]:
+        """Write prompts into free slots, behind `after` others that are not counted yet."""
         laid_out = self._lay_out(plans, audio)
-        encoded_s = time.perf_counter()
         input_ids = pad_sequence(
             [torch.tensor(ids) for ids in laid_out],
             batch_first=True,
@@ -287,16 +314,15 @@ class SpeechRunner:
             position_ids = torch.arange(input_ids.shape[1], device=self._device).expand_as(
                 input_ids
             )
-        self._prefill(embeds[:, :-1], position_ids[:, :-1])
+        self._slots.begin_prefill(len(plans), after=after)
+        self._fill_slots(embeds[:, :-1], position_ids[:, :-1])
         ends = [len(ids) - 1 for ids in laid_out]
-        self._slots.join(ends)
-        self._rows += [
+        return [
             _Row(end + 1, embeds[row, end], int(positions[end]) - end, self._sampler(plan.decoding))
             for row, (end, positions, plan) in enumerate(
                 zip(ends, position_ids.tolist(), plans, strict=True)
             )
         ]
-        return StartReport(encoded_s - started_s, time.perf_counter() - encoded_s)
 
     def _embed_audio(self, plans: Sequence[Plan]) -> EmbeddedAudio:
         waveforms = [plan.waveform for plan in plans]
@@ -311,10 +337,8 @@ class SpeechRunner:
             raise RuntimeError(f"{wanted} audio positions, {audio.audio_lens.tolist()} embeddings")
         return audio
 
-    def _prefill(self, embeds: Tensor, position_ids: Tensor) -> None:
-        n_rows, length = embeds.shape[:2]
-        self._slots.begin_prefill(n_rows)
-        if not length:  # prompts of a single position have no past
+    def _fill_slots(self, embeds: Tensor, position_ids: Tensor) -> None:
+        if not embeds.shape[1]:  # prompts of a single position have no past
             return
         # Causal attention alone keeps the padding behind a prompt out of it. The base model has
         # no output layer, whose logits nobody would read.

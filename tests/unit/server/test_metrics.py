@@ -27,7 +27,7 @@ def test_an_iteration_counts_audio_padding_and_device_time():
     metrics = Metrics()
     report = IterationReport(decoded_rows=5, decode_s=0.1, busy_s=0.5)
     report.add_start(
-        clips=3, audio_s=6.0, padded_audio_s=9.0, report=StartReport(encode_s=0.3, prefill_s=0.1)
+        clips=3, audio_s=6.0, report=StartReport(encode_s=0.3, prefill_s=0.1, padded_audio_s=9.0)
     )
     metrics.iterated(report)
     assert sample(metrics, "speechllm_audio_seconds_total") == 6.0

@@ -64,8 +64,11 @@ def tiny(tiny_checkpoint):
     return Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
 
 
-def test_sequences_that_join_a_running_batch_say_what_generate_says_alone(transcriber):
-    runner = SpeechRunner(transcriber, max_slots=len(SECONDS))
+@pytest.mark.parametrize("pads_batches", [False, True])
+def test_sequences_that_join_a_running_batch_say_what_generate_says_alone(
+    transcriber, pads_batches
+):
+    runner = SpeechRunner(transcriber, max_slots=len(SECONDS), pads_batches=pads_batches)
     driver = Driver(runner)
     clips = [noise(seconds, seed) for seed, seconds in enumerate(SECONDS)]
     plans = [(i, runner.plan(clip)) for i, clip in enumerate(clips)]
@@ -187,8 +190,9 @@ def test_nan_in_one_row_is_told_and_outlives_neither_the_row_nor_its_slot(tiny):
     assert [driver.said[i].token_ids for i in (0, 1)] == [generate_alone(tiny, c) for c in clips]
 
 
-def test_a_start_that_fails_leaves_the_slots_as_they_were(tiny):
-    runner = SpeechRunner(tiny, max_slots=2)
+@pytest.mark.parametrize("pads_batches", [False, True])
+def test_a_start_that_fails_leaves_the_slots_as_they_were(tiny, pads_batches):
+    runner = SpeechRunner(tiny, max_slots=2, pads_batches=pads_batches)
     plan = runner.plan(noise(2.0))
     too_few_positions = dataclasses.replace(plan, input_ids=plan.input_ids[8:])
     with pytest.raises(RuntimeError, match="audio positions"):
@@ -197,6 +201,13 @@ def test_a_start_that_fails_leaves_the_slots_as_they_were(tiny):
     driver.start((0, plan), (1, runner.plan(noise(1.0, 1))))
     driver.finish()
     assert driver.said[0].token_ids == generate_alone(tiny, noise(2.0))
+
+
+@pytest.mark.parametrize(("pads_batches", "padded_audio_s"), [(False, 3.0), (True, 4.0)])
+def test_clips_are_padded_only_where_that_is_wanted(tiny, pads_batches, padded_audio_s):
+    runner = SpeechRunner(tiny, max_slots=2, pads_batches=pads_batches)
+    report = runner.start([runner.plan(noise(1.0)), runner.plan(noise(2.0))])
+    assert report.padded_audio_s == padded_audio_s
 
 
 def test_the_budget_decides_how_many_slots_there_are(tiny):
@@ -300,7 +311,7 @@ def test_words_are_placed_within_their_clip_and_only_where_they_are_asked_for(tr
 
 
 def test_words_are_the_same_in_any_batch(transcriber):
-    runner = SpeechRunner(transcriber, max_slots=4)
+    runner = SpeechRunner(transcriber, max_slots=4, pads_batches=True)
     clip = noise(1.5, seed=1)
     alone = runner.plan(clip, with_words=True)
     runner.start([alone])
