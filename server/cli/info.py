@@ -37,6 +37,7 @@ def info(
         "llm": config.get_text_config().model_type,
         "ctc": config.ctc,
         "prompt": config.prompt,
+        "prompt_additions": transcriber.processor.prompt_additions,
         "languages": config.languages,
         "max_audio_s": transcriber.max_audio_s,
         "device": str(transcriber.device),
