@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -47,6 +48,24 @@ _PEERS: dict[Peer, tuple[str, str]] = {
 """Modules, and paths that answer once they are ready."""
 
 
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """Where a server is, and the process that it is."""
+
+    url: str
+    process_id: int
+
+
+@contextlib.contextmanager
+def plain_server(model: Path, device: str, options: Sequence[str]) -> Iterator[RunningServer]:
+    """Run `speechllm serve` as it comes, but for `options`; yield once it is ready."""
+    port = _free_port()
+    command = ["-m", "server.cli", "serve", "--model", str(model), "--device", device]
+    command += ["--port", str(port), "--log-level", "warning", *options]
+    with _process(command, port, "/health/ready") as server:
+        yield server
+
+
 @contextlib.contextmanager
 def our_server(
     model: Path, device: str, dtype: str, threads: int, *, max_batch_size: int = 32
@@ -61,8 +80,8 @@ def our_server(
     command += ["--max-queue-audio-s", str(max(1800, 60 * max_batch_size))]
     # Random weights repeat themselves, and must not be cut for it.
     command += ["--loop-guard", "false", "--cuda-graphs", "true"]
-    with _process(command, port, "/health/ready") as url:
-        yield url
+    with _process(command, port, "/health/ready") as server:
+        yield server.url
 
 
 @contextlib.contextmanager
@@ -71,8 +90,9 @@ def peer_server(peer: Peer, model: Path, device: str, dtype: str, threads: int) 
     port = _free_port()
     module, path = _PEERS[peer]
     command = ["-m", module, "--model", str(model), "--device", device, "--dtype", dtype]
-    with _process([*command, "--port", str(port), "--threads", str(threads)], port, path) as url:
-        yield url
+    command += ["--port", str(port), "--threads", str(threads)]
+    with _process(command, port, path) as server:
+        yield server.url
 
 
 def missing(peer: Peer) -> str | None:
@@ -90,14 +110,14 @@ def _free_port() -> int:
 
 
 @contextlib.contextmanager
-def _process(arguments: Sequence[str], port: int, ready_path: str) -> Iterator[str]:
+def _process(arguments: Sequence[str], port: int, ready_path: str) -> Iterator[RunningServer]:
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(  # noqa: S603 - our own command lines
         [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
     try:
         _wait_until_ready(process, url + ready_path)
-        yield url
+        yield RunningServer(url, process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
