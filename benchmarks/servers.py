@@ -66,6 +66,16 @@ class Server:
 
 
 @contextlib.contextmanager
+def plain_server(model: Path, device: str, options: Sequence[str]) -> Iterator[Server]:
+    """Run `speechllm serve` as it comes, but for `options`; yield once it is ready."""
+    port = _free_port()
+    command = ["-m", "server.cli", "serve", "--model", str(model), "--device", device]
+    command += ["--port", str(port), "--log-level", "warning", *options]
+    with _process(command, port, "/health/ready") as server:
+        yield server
+
+
+@contextlib.contextmanager
 def our_server(
     model: Path, device: str, dtype: str, threads: int, *, max_batch_size: int = 32
 ) -> Iterator[Server]:

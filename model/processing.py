@@ -269,7 +269,7 @@ def check_addition(name: str, template: str) -> None:
     """Raise ValueError for what is no template of a known addition to the prompt."""
     if name not in ADDITIONS:
         raise ValueError(f"prompt_additions are {', '.join(ADDITIONS)}, not {name!r}")
-    if template.count(ADDITION_PLACE) != 1:
+    if not isinstance(template, str) or template.count(ADDITION_PLACE) != 1:
         raise ValueError(
             f"the template of {name} needs {ADDITION_PLACE} once, where its text stands: "
             f"{template!r}"

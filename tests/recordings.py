@@ -71,6 +71,24 @@ def with_wav_data_size(wav, size):
     return wav[:at] + struct.pack("<I", size) + wav[at + 4 :]
 
 
+def with_short_claim(data, form):
+    """A file whose header, or last page, claims that it holds a second at most."""
+    forged = bytearray(data)
+    if form == "ogg-opus":
+        at = data.rindex(b"OggS") + 6  # the last page's granule position
+        forged[at : at + 8] = struct.pack("<q", 48_000)
+    elif form == "m4a":
+        at = data.index(b"mvhd") + 16  # time scale and duration
+        forged[at : at + 8] = struct.pack(">II", 1_000, 1_000)
+    elif form == "webm":
+        at = data.index(b"\x44\x89\x88") + 3  # the duration, milliseconds
+        forged[at : at + 8] = struct.pack(">d", 1_000.0)
+    elif form == "mp3":
+        tag = data.index(b"Xing") if b"Xing" in data else data.index(b"Info")
+        forged[tag + 8 : tag + 12] = struct.pack(">I", 10)  # frames
+    return bytes(forged)
+
+
 # First three formants of five vowels, Hz (Peterson and Barney 1952).
 _VOWELS_HZ = np.array(
     [[730, 1090, 2440], [530, 1840, 2480], [270, 2290, 3010], [570, 840, 2410], [300, 870, 2240]]

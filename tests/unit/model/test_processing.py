@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -226,10 +227,11 @@ def test_a_prompt_is_extended_by_what_the_model_was_trained_to_read(tiny_checkpo
         ({"keywords": "{}"}, "not 'keywords'"),
         ({"hotwords": "Words:"}, "needs {} once"),
         ({"hotwords": "{} {}"}, "needs {} once"),
+        ({"hotwords": 5}, "needs {} once"),
     ],
 )
 def test_an_addition_needs_a_known_name_and_one_place(
-    tiny_checkpoint: Path, additions: dict[str, str], reason: str
+    tiny_checkpoint: Path, additions: dict[str, Any], reason: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     with pytest.raises(ValueError, match=reason):

@@ -17,7 +17,7 @@ from server.errors import (
     AudioUnrecognisedError,
     AudioUnsupportedError,
 )
-from tests.recordings import FORMATS, encode, tone, with_wav_data_size
+from tests.recordings import FORMATS, encode, tone, with_short_claim, with_wav_data_size
 
 LIMITS = AudioLimits(max_audio_s=30.0)
 # Encoders pad to whole frames, and decoders do not always trim that.
@@ -145,6 +145,11 @@ def test_a_header_that_lies_short_does_not_get_past_the_limit():
     flac[18:26] = (packed >> 36 << 36 | 100).to_bytes(8, "big")
     with contextlib.suppress(AudioError):
         assert decode(bytes(flac), AudioLimits(max_audio_s=1.0)).duration_s <= 1.0
+
+
+def test_an_mp3_is_decoded_as_far_as_its_header_claims():
+    forged = with_short_claim(encode(tone(5.0), form="mp3"), "mp3")
+    assert 0 < decode(forged, AudioLimits(max_audio_s=2.0)).duration_s <= 1.0
 
 
 def test_too_many_channels_are_refused():

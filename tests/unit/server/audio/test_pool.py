@@ -12,8 +12,9 @@ import pytest
 from server.audio.clip import Excerpt, Progress
 from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
+from server.audio.probe import probe
 from server.errors import AudioTooLongError, DecoderCrashedError, DecodeTimeoutError
-from tests.recordings import encode, speechlike, tone
+from tests.recordings import encode, speechlike, tone, with_short_claim
 
 pytestmark = pytest.mark.anyio
 
@@ -153,6 +154,31 @@ async def test_an_hour_takes_no_more_memory_than_a_minute(pool):
                 after_kib = peak_kib(process_id)
     assert samples == 3600 * 16_000
     assert after_kib - before_kib < 64 * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+@pytest.mark.parametrize("form", ["ogg-opus", "m4a", "webm"])
+async def test_a_long_upload_that_claims_a_second_is_refused_when_it_crosses_the_limit(pool, form):
+    forged = with_short_claim(encode(np.zeros(300 * 16_000, np.float32), form=form), form)
+    assert 0 < probe(forged).duration_s <= 1.0
+    (process_id,) = pool.process_ids
+    await decode(pool, encode(tone(2.0), form=form))
+    before_kib = peak_kib(process_id)
+    limits = AudioLimits(max_audio_s=60.0)
+    stream = pool.stream(forged, limits, max_clip_s=30.0, max_excerpt_s=15.0, finds_speech=False)
+    given = []
+    with pytest.raises(AudioTooLongError, match="more than that"):
+        await collect(stream, given)
+    samples = sum(len(each.waveform) for each in given if isinstance(each, Excerpt))
+    assert 30 * 16_000 <= samples <= 60 * 16_000
+    if process_id in pool.process_ids:  # else it had to wait for us, and another took its place
+        # All of it would be 19 MB.
+        assert peak_kib(process_id) - before_kib < 16 * 1024
+
+
+async def collect(stream, given):
+    async for each in stream:
+        given.append(each)
 
 
 def peak_kib(process_id):
