@@ -15,6 +15,7 @@ wanted and fit.
 from __future__ import annotations
 
 import json
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -55,7 +56,10 @@ def quiet_transformers() -> Iterator[None]:
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # peft asks transformers under a name that is going away.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if bars:
@@ -352,7 +356,8 @@ def _load_lora(llm: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrained
         adapter = PeftConfig.from_pretrained(str(folder))
         adapter.inference_mode = merge
         adapter.base_model_name_or_path = None  # peft would compare it with our path
-        adapted = get_peft_model(llm, adapter)
+        with quiet_transformers():
+            adapted = get_peft_model(llm, adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder}: cannot read the adapter: {error}") from error
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from model.checkpoint import quiet_transformers, save_model
 from model.ctc import ctc_loss
 from model.data.augmentation import (
     FeatureAugmentConfig,
@@ -195,21 +196,24 @@ class ConnectorObjective(nn.Module):
         frames, frame_lens, teacher_frames = self._frames(batch)
         targets: list[list[int]] = batch["target_ids"]
         audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
-        sequence = {
-            name: tensor.to(frames.device)
-            for name, tensor in self.processor.sequences(
-                audio_lens, targets, batch.get("prompts")
-            ).items()
-        }
+        sequence = self.processor.sequences(audio_lens, targets, batch.get("prompts"))
         labels = sequence.pop("labels")
+        # No logits of what lies before every clip's target: with a hub LLM they fill the memory.
+        first = int((labels != IGNORED_LABEL).any(0).int().argmax())
+        n_kept = labels.shape[1] - first + 1
         output = self.model(
-            **sequence, encoder_frames=frames, frame_lens=frame_lens, use_cache=False
+            **{name: tensor.to(frames.device) for name, tensor in sequence.items()},
+            encoder_frames=frames,
+            frame_lens=frame_lens,
+            use_cache=False,
+            logits_to_keep=n_kept,
         )
-        is_target = labels[:, 1:] != IGNORED_LABEL
-        logits = output.logits[:, :-1][is_target].float()  # (sum over clips of L + 1, V)
+        labels = labels[:, first:].to(frames.device)
+        is_target = labels != IGNORED_LABEL
+        logits = output.logits[:, -n_kept:-1][is_target].float()  # (sum over clips of L + 1, V)
         llm_loss = functional.cross_entropy(
             logits,
-            labels[:, 1:][is_target],
+            labels[is_target],
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
         if self._teacher is not None and teacher_frames is not None:
@@ -269,16 +273,15 @@ def add_lora(model: SpeechLLMForConditionalGeneration, settings: LoraSettings) -
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415 - a heavy import for one option
 
     targets = settings.target_modules
-    model.llm = get_peft_model(
-        model.llm,
-        LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            task_type="CAUSAL_LM",
-        ),
+    adapter = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
     )
+    with quiet_transformers():
+        model.llm = get_peft_model(model.llm, adapter)
     model.config.lora = "lora"
 
 
@@ -411,8 +414,6 @@ class ConnectorStage:
     def save(self, folder: Path) -> None:
         """Write the checkpoint folder."""
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        from model.checkpoint import save_model  # noqa: PLC0415 - keeps the import graph flat
-
         save_model(
             self.model, folder, processor=self.processor, dtype=dtypes[self.config.stored_dtype]
         )

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, WhisperFeatureExtractor
 
 from model.assembly import prepare_tokenizer
+from model.checkpoint import quiet_transformers
 from model.configuration import AudioPositions
 from model.modeling import IGNORED_LABEL, beside_text
 from model.processing import SpeechLLMProcessor
@@ -316,7 +317,8 @@ class LanguageModelStage:
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face causal LM folder with its tokenizer."""
-        self.llm.save_pretrained(folder)
+        with quiet_transformers():
+            self.llm.save_pretrained(folder)
         self.processor.tokenizer.save_pretrained(folder)
 
 

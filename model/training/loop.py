@@ -238,6 +238,8 @@ class TrainingLoop:
             return False
         ranks = self.accelerator
         batches = self.stage.epoch(epoch, ranks.process_index, ranks.num_processes)
+        if epoch == 0 and self.is_main_process:
+            self._warn_of_long_warmup(len(batches))
         self.module.train()
         self._clock = time.monotonic()
         with tqdm(
@@ -265,6 +267,15 @@ class TrainingLoop:
         self._validate()
         self.save_state()
         return True
+
+    def _warn_of_long_warmup(self, n_batches: int) -> None:
+        """A run that ends in its warm-up has hardly learnt anything, and nothing else shows it."""
+        n_steps = self.config.epochs * math.ceil(n_batches / self.config.grad_accumulation)
+        if 2 * self.config.warmup_steps > n_steps:
+            tqdm.write(
+                f"warning: {self.config.warmup_steps} steps of warm-up in about {n_steps}; "
+                f"--warmup-steps {n_steps // 10} leaves it time at the full learning rate"
+            )
 
     def _should_stop(self) -> bool:
         """Whether `max_steps` is reached or any process got a signal."""

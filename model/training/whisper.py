@@ -14,10 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
+from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers import WhisperForConditionalGeneration as Whisper
 
-from model.checkpoint import check_tensors, read_tensors
+from model.checkpoint import (
+    check_tensors,
+    load_tokenizer,
+    quiet_transformers,
+    read_config_file,
+    read_tensors,
+    resolve,
+)
 from model.ctc import ctc_greedy, ctc_loss
 from model.data.augmentation import SpecAugmentConfig, spec_augment
 from model.encoder import EncoderMode, encode, length_mask
@@ -67,10 +74,13 @@ def load_whisper(config: WhisperStageConfig) -> tuple[Whisper, PreTrainedTokeniz
     """Load the Whisper to fine-tune, with a new token embedding if its tokenizer is replaced.
 
     Raises:
+        CheckpointError: there is no such folder or hub repository.
         ValueError: a tensor other than a replaced token embedding is missing or does not fit.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.whisper)
-    whisper_config = WhisperConfig.from_pretrained(config.whisper)
+    folder = resolve(config.whisper)
+    tokenizer = load_tokenizer(config.tokenizer or folder)
+    read_config_file(folder / "config.json")  # transformers would take its defaults
+    whisper_config = WhisperConfig.from_pretrained(folder)
     whisper_config.dropout = config.dropout
     whisper_config.apply_spec_augment = False
     if config.tokenizer is not None:
@@ -81,14 +91,15 @@ def load_whisper(config: WhisperStageConfig) -> tuple[Whisper, PreTrainedTokeniz
         whisper_config.decoder_start_token_id = _start_id(tokenizer)
     if config.init == "random":
         return Whisper(whisper_config), tokenizer
-    whisper, info = Whisper.from_pretrained(
-        config.whisper,
-        config=whisper_config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    with quiet_transformers():
+        whisper, info = Whisper.from_pretrained(
+            folder,
+            config=whisper_config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     unfit = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
     replaceable = _TOKEN_EMBEDDING if config.tokenizer is not None else set()
     if unfit - replaceable:
@@ -294,7 +305,8 @@ class WhisperStage:
             self._interpolate_encoder()
         self.whisper.config.encoder_mode = self.config.encoder_mode
         self.whisper.config.decoder_prefix_ids = self._module.prefix
-        self.whisper.save_pretrained(folder)
+        with quiet_transformers():
+            self.whisper.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         WhisperFeatureExtractor(feature_size=self.whisper.config.num_mel_bins).save_pretrained(
             folder

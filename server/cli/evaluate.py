@@ -107,7 +107,7 @@ def compare(
         comparisons = compare_results(read_results(results_a), read_results(results_b))
     except ValueError as error:
         _fail(str(error), _BAD_USAGE)
-    typer.echo(render_comparison(comparisons))
+    typer.echo(f"A: {results_a}\nB: {results_b}\n\n{render_comparison(comparisons)}")
 
 
 def _read_clips(

@@ -140,7 +140,9 @@ def parts(
     connector_convolutions: Annotated[
         int, typer.Option(min=0, help="Convolution modules before connector and CTC head.")
     ] = 0,
-    ctc: Annotated[str, typer.Option(help="none, auxiliary or fused.")] = "none",
+    ctc: Annotated[
+        str, typer.Option(help="none, auxiliary or fused: a CTC head over the transcripts' tokens.")
+    ] = "none",
     audio_positions: Positions = "sequence",
     prompt: Annotated[str | None, typer.Option(help="What the user turn asks.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="ISO 639-1 code; repeatable.")] = None,

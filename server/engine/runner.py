@@ -417,7 +417,7 @@ class SpeechRunner:
 
         Returns:
             Words with seconds from the clip's beginning; None where the plan did not ask, the
-            checkpoint has no CTC head, or the text has more tokens than the clip has frames.
+            checkpoint has no CTC head, or `align_words` finds no place for the text.
         """
         frames = plan.heard.encoder_frames if plan.heard is not None else None
         head = self._model.ctc_head

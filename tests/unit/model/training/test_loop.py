@@ -328,6 +328,13 @@ def test_warm_up_and_cosine_decay():
     assert learning_rate_factor(config, 99, 1.0) == pytest.approx(0.1)
 
 
+def test_a_warm_up_of_most_of_the_run_is_warned_of(tmp_path, capsys):
+    assert make_loop(tmp_path / "short", warmup_steps=1).run()
+    assert "warning" not in capsys.readouterr().out
+    assert make_loop(tmp_path / "long", warmup_steps=1000, grad_accumulation=2).run()
+    assert "warning: 1000 steps of warm-up in about 9;" in capsys.readouterr().out
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
     make_loop(tmp_path, max_steps=1).run()
     with pytest.raises(ValueError, match=r"other settings \(loop.learning_rate, loop.seed\)"):
