@@ -75,7 +75,7 @@ class DecodePool:
         """Of the processes that live."""
         return sorted(worker.process.pid for worker in self._workers)
 
-    async def stream(
+    async def stream(  # noqa: PLR0913 - what a worker is asked for
         self,
         data: bytes,
         limits: AudioLimits,

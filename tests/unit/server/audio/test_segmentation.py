@@ -151,9 +151,7 @@ def test_where_nobody_speaks_there_is_no_excerpt(seconds, places_speech):
     rng = np.random.default_rng(0)
     samples = rng.normal(0, 0.2, round(seconds * 16_000)).astype(np.float32)
     found = list(
-        excerpts(
-            [samples], whole_samples=80_000, max_samples=80_000, places_speech=places_speech
-        )
+        excerpts([samples], whole_samples=80_000, max_samples=80_000, places_speech=places_speech)
     )
     assert all(isinstance(each, Progress) for each in found)
     assert found[-1].is_done
