@@ -36,6 +36,7 @@ from model.log_mel import SAMPLE_RATE_HZ
 from model.transcription import Transcriber
 from server.engine.decoder_pass import ModelPass, choose_pass
 from server.engine.kv_slots import layer_shapes
+from server.engine.packed_linear import PackedLinear
 from server.engine.runner import SpeechRunner, use_cpu_threads
 
 if TYPE_CHECKING:
@@ -143,14 +144,13 @@ class LinearLayers:
 
     def __init__(self, transcriber: Transcriber, rows: int) -> None:
         """Take every linear layer, the output layer included."""
-        linears = [each for each in transcriber.model.llm.modules() if isinstance(each, nn.Linear)]
-        self._calls = [(each.weight, each.bias) for each in linears]
-        weight = linears[0].weight
+        llm = transcriber.model.llm
+        linears = [each for each in llm.modules() if isinstance(each, nn.Linear | PackedLinear)]
+        # Random, since the engine's weights may be packed; products take as long with any.
+        make = partial(torch.randn, device=llm.device, dtype=llm.dtype)
+        self._calls = [(make(each.out_features, each.in_features), each.bias) for each in linears]
         widths = {each.in_features for each in linears}
-        self._inputs = {
-            width: torch.randn(rows, width, device=weight.device, dtype=weight.dtype)
-            for width in widths
-        }
+        self._inputs = {width: make(rows, width) for width in widths}
         self.bytes = sum(weight.nbytes for weight, _ in self._calls)
 
     @torch.inference_mode()
@@ -180,9 +180,24 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 def measure(
-    transcriber: Transcriber, rows: int, *, steps: int, rounds: int, clip_s: float
+    transcriber: Transcriber,
+    rows: int,
+    *,
+    generating: Transcriber,
+    steps: int,
+    rounds: int,
+    clip_s: float,
 ) -> dict[str, Times]:
-    """Time every way at one batch size."""
+    """Time every way at one batch size.
+
+    Args:
+        transcriber: for the engine, which may pack its weights.
+        rows: batch size.
+        generating: the same checkpoint, for `generate`.
+        steps: in one measurement.
+        rounds: that are measured.
+        clip_s: context, seconds of audio.
+    """
     times: defaultdict[str, Times] = defaultdict(Times)
     passes: dict[str, Callable[[PreTrainedModel], DecoderPass]] = {
         ENGINE_OWN_FORWARD: ModelPass,
@@ -201,7 +216,7 @@ def measure(
         round_times = times if number else defaultdict(Times)  # the first warms up
         for name, engine in engines.items():
             round_times[name].add(lambda engine=engine: engine.run(steps), steps)  # type: ignore[misc]
-        time_generate(round_times[GENERATE], transcriber, rows, context, steps)
+        time_generate(round_times[GENERATE], generating, rows, context, steps)
         round_times[LINEAR].add(lambda: linear.run(steps), steps)
         seconds = read / measure_bandwidth(transcriber.device)
         round_times[BYTES].wall_s.append(seconds)
@@ -254,9 +269,12 @@ def main(
     use_cpu_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         path = make_checkpoint(shape, Path(folder), tokens_per_audio_s=8)
-        transcriber = Transcriber.from_pretrained(path, device=device, dtype=dtype)
+        transcriber, generating = (
+            Transcriber.from_pretrained(path, device=device, dtype=dtype) for _ in range(2)
+        )
+    counts = {"steps": steps, "rounds": rounds}
     measured = {
-        batch: measure(transcriber, batch, steps=steps, rounds=rounds, clip_s=clip_s)
+        batch: measure(transcriber, batch, generating=generating, clip_s=clip_s, **counts)
         for batch in map(int, rows.split(","))
     }
     title = f"Decode step, {shape}, {transcriber.device.type}, {transcriber.model.dtype}"

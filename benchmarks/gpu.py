@@ -64,7 +64,9 @@ def roofline_share(step_s: float, read_s: float, operations: float, per_s: float
 
 def measure_steps(transcriber: Transcriber, rows: int) -> tuple[float, float]:
     """Milliseconds of a decode step, and its share of the roofline."""
-    times = measure(transcriber, rows, steps=STEPS, rounds=ROUNDS, clip_s=CLIP_S)
+    times = measure(
+        transcriber, rows, generating=transcriber, steps=STEPS, rounds=ROUNDS, clip_s=CLIP_S
+    )
     linear = LinearLayers(transcriber, rows)
     operations = 2 * rows * linear.bytes / transcriber.model.llm.dtype.itemsize
     per_s = measure_products(transcriber.device, transcriber.model.llm.dtype)

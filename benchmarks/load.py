@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUEST_TIMEOUT_S = 600.0
 SAMPLE_RATE_HZ = 16_000
 RECORDINGS = 64
-HEALTH_INTERVAL_S = 0.02
+HEALTH_INTERVAL_S = 0.1  # often enough to notice, seldom enough to take no time from the server
 NOISE_LEVEL = 0.1
 SYLLABLES_HZ = 4.0
 

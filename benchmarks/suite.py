@@ -114,8 +114,10 @@ def _offline(
     scenario: Scenario, model: Path, folder: Path, options: Options
 ) -> dict[str, Callable[[Sequence[Clip], Measurement], None]]:
     """What runs without a server, by name."""
-    transcriber = Transcriber.from_pretrained(model, options.device, options.dtype)
-    runner = SpeechRunner(transcriber, max_slots=MAX_BATCH_SIZE)
+    served, transcriber = (  # the engine may pack the weights of its own
+        Transcriber.from_pretrained(model, options.device, options.dtype) for _ in range(2)
+    )
+    runner = SpeechRunner(served, max_slots=MAX_BATCH_SIZE)
     ways: dict[str, Callable[[Sequence[Clip], Measurement], None]] = {
         OFFLINE_ENGINE: lambda clips, to: run_engine(runner, clips, to),
         OFFLINE_GENERATE: lambda clips, to: run_generate(transcriber, clips, MAX_BATCH_SIZE, to),

@@ -37,3 +37,8 @@ class TranscribeOptions:
     decoding: Decoding = GREEDY
     vad: bool = True
     deadline_s: float | None = None
+
+    @property
+    def places_text(self) -> bool:
+        """Whether the answer tells when anything was said; several answers come with times."""
+        return self.timestamps != "none" or self.decoding.n_best > 1

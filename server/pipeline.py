@@ -88,6 +88,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
             max_clip_s=engine.max_audio_s,
             max_excerpt_s=min(engine.max_audio_s, settings.max_excerpt_s),
             finds_speech=options.vad,
+            places_speech=options.places_text,
         )
         recording = await transcriber.run(decoding)
     transcription = _transcription(recording, options, started_s)

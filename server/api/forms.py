@@ -133,6 +133,8 @@ class TranscribeForm(BaseModel):
             raise InvalidRequestError("logprobs go with response_format json", param="logprobs")
         by_format = {"srt": "word", "vtt": "word", "tsv": "word", "verbose_json": "segment"}
         timestamps: Any = self.timestamps or by_format.get(self.response_format, "none")
+        if timestamps == "none" and self.response_format in by_format:
+            timestamps = "segment"  # these formats cannot do without
         return TranscribeOptions(
             language=self.language,
             prompt=self.prompt,

@@ -75,7 +75,7 @@ class DecodePool:
         """Of the processes that live."""
         return sorted(worker.process.pid for worker in self._workers)
 
-    async def stream(
+    async def stream(  # noqa: PLR0913 - what a worker is asked for
         self,
         data: bytes,
         limits: AudioLimits,
@@ -83,6 +83,7 @@ class DecodePool:
         max_clip_s: float,
         max_excerpt_s: float,
         finds_speech: bool = True,
+        places_speech: bool = True,
     ) -> AsyncGenerator[Excerpt | Progress, None]:
         """Decode an upload, and cut it into excerpts; waits for a free process.
 
@@ -95,6 +96,8 @@ class DecodePool:
             max_clip_s: longest recording that stays in one piece.
             max_excerpt_s: longest piece of one that does not; no longer than that.
             finds_speech: leave out what is no speech.
+            places_speech: in a recording that stays in one piece, find where speech begins and
+                ends; else only whether there is any, which takes less time.
 
         Yields:
             Excerpts in order, and how far the decoding has come; the last one is done.
@@ -109,6 +112,7 @@ class DecodePool:
             "whole_samples": int(max_clip_s * SAMPLE_RATE_HZ),
             "max_samples": int(max_excerpt_s * SAMPLE_RATE_HZ),
             "finds_speech": finds_speech,
+            "places_speech": places_speech,
         }
         job = _Job(request, data, await self._idle.get())
         self._spawn(self._run(job))

@@ -51,6 +51,7 @@ def _answers(request: dict[str, Any], data: bytes) -> Iterator[tuple[dict[str, A
             whole_samples=request["whole_samples"],
             max_samples=request["max_samples"],
             finds_speech=request["finds_speech"],
+            places_speech=request["places_speech"],
         )
         for each in _thinned(found):
             if isinstance(each, Progress):

@@ -12,7 +12,6 @@ width, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
 from server.engine.kv_slots import DecodeMasks
+from server.engine.packed_linear import PackedLinear
 from server.engine.recorded_pass import RecordedPass
 
 if TYPE_CHECKING:
@@ -79,28 +79,69 @@ class ModelPass:
         return logits
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's weights; those of `addmm` are transposed."""
+class _JoinedLayer:
+    """One layer's products, as few as can be.
 
-    attention_norm: Tensor  # (D,)
-    qkv: Tensor  # ((H + 2K) * W, D)
-    qkv_bias: Tensor | None
-    output: Tensor  # (H * W, D)
-    mlp_norm: Tensor  # (D,)
-    gate_up: Tensor  # (2 * inner, D)
-    down: Tensor  # (inner, D)
-
-
-class LlamaPass:
-    """A Llama-like LLM's `forward`, written out for one token a row.
-
-    Its projections' weights become parts of larger ones, whose memory they share: the LLM works as
+    The projections' weights become parts of larger ones, whose memory they share: the LLM works as
     before.
     """
 
+    @torch.no_grad()
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401 - a layer of one of three classes
+        attention, mlp = layer.self_attn, layer.mlp
+        self._qkv = _concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._gate_up, _ = _concatenate(mlp.gate_proj, mlp.up_proj)
+        self._output, self._down = attention.o_proj.weight.t(), mlp.down_proj.weight.t()
+
+    def qkv(self, normed: Tensor) -> Tensor:
+        """(R, D) -> (R, (H + 2K) * W)."""
+        return functional.linear(normed, *self._qkv)
+
+    def add_output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """(R, D), (R, H * W) -> (R, D)."""
+        return torch.addmm(hidden, attended, self._output)
+
+    def gate_up(self, normed: Tensor) -> tuple[Tensor, ...]:
+        """(R, D) -> (R, inner), (R, inner)."""
+        return functional.linear(normed, self._gate_up).chunk(2, -1)
+
+    def add_down(self, hidden: Tensor, inner: Tensor) -> Tensor:
+        """(R, D), (R, inner) -> (R, D)."""
+        return torch.addmm(hidden, inner, self._down)
+
+
+class _PackedLayer:
+    """One layer's products with packed weights, which cannot be joined."""
+
+    def __init__(self, layer: Any) -> None:  # noqa: ANN401 - a layer of one of three classes
+        self._attention, self._mlp = layer.self_attn, layer.mlp
+
+    def qkv(self, normed: Tensor) -> Tensor:
+        """(R, D) -> (R, (H + 2K) * W)."""
+        attention = self._attention
+        parts = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+        return torch.cat(parts, -1)
+
+    def add_output(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """(R, D), (R, H * W) -> (R, D)."""
+        output: Tensor = self._attention.o_proj(attended)
+        return output.add_(hidden)
+
+    def gate_up(self, normed: Tensor) -> tuple[Tensor, ...]:
+        """(R, D) -> (R, inner), (R, inner)."""
+        return self._mlp.gate_proj(normed), self._mlp.up_proj(normed)
+
+    def add_down(self, hidden: Tensor, inner: Tensor) -> Tensor:
+        """(R, D), (R, inner) -> (R, D)."""
+        down: Tensor = self._mlp.down_proj(inner)
+        return down.add_(hidden)
+
+
+class LlamaPass:
+    """A Llama-like LLM's `forward`, written out for one token a row."""
+
     def __init__(self, llm: PreTrainedModel) -> None:
-        """Join the projections."""
+        """Look at the layers."""
         config, base = llm.config, llm.model
         self._llm, self._rotary = llm, base.rotary_emb
         self._masks = DecodeMasks(config, additive=True)
@@ -110,7 +151,14 @@ class LlamaPass:
         self._n_keys = int(config.num_key_value_heads)
         self._n_queries = int(config.num_attention_heads)
         self._scale = float(attention.scaling)
-        self._layers = [_join(layer) for layer in base.layers]
+        is_packed = isinstance(attention.q_proj, PackedLinear)
+        self._norms = [
+            (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
+            for layer in base.layers
+        ]
+        self._layers = [
+            _PackedLayer(layer) if is_packed else _JoinedLayer(layer) for layer in base.layers
+        ]
 
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
         """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
@@ -119,9 +167,10 @@ class LlamaPass:
         half = self._width // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         hidden = embeds[:, 0]
-        for layer, cache in zip(self._layers, slots.layers, strict=True):
-            normed = self._norm(hidden, layer.attention_norm)
-            joint = functional.linear(normed, layer.qkv, layer.qkv_bias)
+        for layer, (attention_norm, mlp_norm), cache in zip(
+            self._layers, self._norms, slots.layers, strict=True
+        ):
+            joint = layer.qkv(self._norm(hidden, attention_norm))
             heads = joint.unflatten(-1, (-1, self._width))  # (R, H + 2K, W)
             rotated = heads[:, : self._n_queries + self._n_keys]
             rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin)
@@ -134,10 +183,9 @@ class LlamaPass:
             attended = functional.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, scale=self._scale
             )  # (R, K, G, W)
-            hidden = torch.addmm(hidden, attended.flatten(1), layer.output)
-            normed = self._norm(hidden, layer.mlp_norm)
-            gate, up = functional.linear(normed, layer.gate_up).chunk(2, -1)
-            hidden = torch.addmm(hidden, functional.silu(gate).mul_(up), layer.down)
+            hidden = layer.add_output(hidden, attended.flatten(1))
+            gate, up = layer.gate_up(self._norm(hidden, mlp_norm))
+            hidden = layer.add_down(hidden, functional.silu(gate).mul_(up))
         logits: Tensor = self._llm.lm_head(self._norm(hidden, self._llm.model.norm.weight))
         return logits
 
@@ -156,27 +204,12 @@ def _is_llama_like(llm: PreTrainedModel) -> bool:
         attention, mlp = layer.self_attn, layer.mlp
         joined = (attention.q_proj, attention.k_proj, attention.v_proj)
         unbiased = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        if not all(type(each) is nn.Linear for each in (*joined, *unbiased)):  # an adapter's
+        kinds = {type(each) for each in (*joined, *unbiased)}
+        if kinds not in ({nn.Linear}, {PackedLinear}):  # an adapter's
             return False
         if any(each.bias is not None for each in unbiased):
             return False
     return True
-
-
-@torch.no_grad()
-def _join(layer: Any) -> _Layer:  # noqa: ANN401 - a layer of one of three classes
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
-    gate_up, _ = _concatenate(mlp.gate_proj, mlp.up_proj)
-    return _Layer(
-        attention_norm=layer.input_layernorm.weight,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        output=attention.o_proj.weight.t(),
-        mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=gate_up,
-        down=mlp.down_proj.weight.t(),
-    )
 
 
 def _concatenate(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

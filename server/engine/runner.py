@@ -32,6 +32,7 @@ from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
+from server.engine.packed_linear import pack_linear_layers
 from server.engine.sampling import TokenSampler, choose_tokens
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
@@ -105,7 +106,8 @@ class SpeechRunner:
         """Allocate the KV slots.
 
         Args:
-            transcriber: a loaded checkpoint.
+            transcriber: a loaded checkpoint, whose linear layers may be packed: it says the same
+                as before, but cannot be saved or moved any more.
             max_slots: most sequences that will run together.
             kv_cache_bytes: memory for keys and values; None takes 60 % of what is free on a CUDA
                 device, and up to 2 GiB on a CPU.
@@ -122,6 +124,7 @@ class SpeechRunner:
         self._pads_batches = self._device.type == "cuda" if pads_batches is None else pads_batches
         self._llm: PreTrainedModel = self._model.llm
         _require_arguments(self._llm)
+        pack_linear_layers(self._llm)
         self._decode = make_pass(self._llm)
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id

@@ -41,6 +41,14 @@ def test_n_best_brings_as_many_beams():
     assert own(n_best="3").decoding.num_beams == 3
 
 
+def test_times_are_wanted_where_an_answer_shows_them():
+    assert not own().places_text
+    assert not own(response_format="text").places_text
+    assert own(timestamps="segment").places_text
+    assert own(n_best="2").places_text
+    assert own(response_format="srt", timestamps="none").timestamps == "segment"
+
+
 @pytest.mark.parametrize(
     ("form", "timestamps"),
     [

@@ -125,11 +125,34 @@ def test_what_fits_stays_in_one_piece():
     assert found[-1] == Progress(len(samples) / 16_000, is_long=False, is_done=True)
 
 
+def test_where_speech_need_not_be_placed_it_is_looked_for_no_longer_than_until_it_is_found():
+    looked_at = []
+
+    class CountingDetector(ScriptedDetector):
+        def push(self, frames):
+            looked_at.append(len(frames))
+            return super().push(frames)
+
+    samples = recording([0.0] * 40 + [1.0] * 200, 0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(segmentation, "SpeechDetector", CountingDetector)
+        found = excerpts(
+            [samples], whole_samples=len(samples), max_samples=80_000, places_speech=False
+        )
+        (excerpt, _) = list(found)
+    assert (excerpt.start, excerpt.speech_start, excerpt.speech_end) == (0, 0, len(samples))
+    np.testing.assert_array_equal(excerpt.waveform, samples)
+    assert sum(looked_at) == 2 * segmentation._GLANCE_FRAMES
+
+
+@pytest.mark.parametrize("places_speech", [True, False])
 @pytest.mark.parametrize("seconds", [1.0, 9.0])
-def test_where_nobody_speaks_there_is_no_excerpt(seconds):
+def test_where_nobody_speaks_there_is_no_excerpt(seconds, places_speech):
     rng = np.random.default_rng(0)
     samples = rng.normal(0, 0.2, round(seconds * 16_000)).astype(np.float32)
-    found = list(excerpts([samples], whole_samples=80_000, max_samples=80_000))
+    found = list(
+        excerpts([samples], whole_samples=80_000, max_samples=80_000, places_speech=places_speech)
+    )
     assert all(isinstance(each, Progress) for each in found)
     assert found[-1].is_done
     assert found[-1].decoded_s == seconds

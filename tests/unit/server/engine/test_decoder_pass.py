@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.engine.decoder_pass import LlamaPass, ModelPass, choose_pass
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
+from server.engine.packed_linear import PackedLinear, pack_linear_layers
 from tests.speech_models import FAMILIES
 
 PROMPT_LENS = (7, 3, 5)
@@ -26,14 +27,14 @@ def run(llm, decoder_pass, steps=3):
     slots = KVSlots(plan, "cpu")
     generator = torch.Generator().manual_seed(1)
     shape = (len(PROMPT_LENS), max(PROMPT_LENS), llm.config.hidden_size)
-    prompts = torch.randn(shape, generator=generator)
+    prompts = torch.randn(shape, generator=generator).to(llm.dtype)
     slots.begin_prefill(len(PROMPT_LENS))
     positions = torch.arange(shape[1]).expand(shape[:2])
     llm.base_model(inputs_embeds=prompts, position_ids=positions, past_key_values=slots)
     slots.join(PROMPT_LENS)
     logits = []
     for _ in range(steps):
-        embeds = torch.randn((shape[0], 1, shape[2]), generator=generator)
+        embeds = torch.randn((shape[0], 1, shape[2]), generator=generator).to(llm.dtype)
         rows = slice(0, shape[0])
         logits.append(decoder_pass(embeds, slots.begin_decode(rows), slots))
         slots.advance(rows)
@@ -47,6 +48,29 @@ def test_the_written_out_pass_gives_the_logits_of_the_llm(family):
     lean = choose_pass(llm)
     assert isinstance(lean, LlamaPass)
     torch.testing.assert_close(run(llm, lean), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 on this processor"
+)
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
+def test_packed_layers_are_as_exact_as_plain_ones(family):
+    llm = make_llm(FAMILIES[family])
+    exact = run(llm, ModelPass(llm))
+    llm.bfloat16()
+    plain = run(llm, ModelPass(llm))
+    pack_linear_layers(llm)
+    assert isinstance(llm.lm_head, PackedLinear)
+    assert llm.dtype == torch.bfloat16
+    for decoder_pass in (ModelPass(llm), choose_pass(llm)):
+        packed = run(llm, decoder_pass)
+        assert (packed - exact).norm() < 1.5 * (plain - exact).norm()
+
+
+def test_layers_that_gain_nothing_stay_plain():
+    llm = make_llm(FAMILIES["qwen2"])
+    pack_linear_layers(llm)
+    assert not any(isinstance(each, PackedLinear) for each in llm.modules())
 
 
 def test_the_llm_itself_works_on_and_shares_the_memory():
