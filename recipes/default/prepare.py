@@ -19,7 +19,7 @@ Row = dict[str, Any]
 HUMAN_TRAIN = ("kathleen_train", "matthes_train", "fsdd_train", "precise_train")
 TEST_NOISES = ("bg_noise8.flac", "bg_noise9.flac")
 N_NOISE_TRAIN, N_NOISE_TEST = 300, 60
-N_DIGIT_STRINGS = 200
+N_DIGIT_STRINGS, N_DIGIT_STRINGS_TRAIN = 200, 500
 MAX_SAME_WORD = 20  # recordings of one; a word heard hundreds of times is heard in noise too
 MONGOLIAN_COPIES = 3  # of its text: there is a tenth as much of it as of English
 
@@ -80,12 +80,15 @@ def non_speech(noises: list[Path], folder: Path, count: int, seed: int) -> list[
     ]
 
 
-def digit_strings(rows: list[Row], folder: Path) -> list[Row]:
-    """Random strings of three to eight of the unseen speaker's digits."""
-    rng = np.random.default_rng(5)
+def digit_strings(rows: list[Row], folder: Path, count: int, seed: int) -> list[Row]:
+    """Random strings of three to eight digits, each string by one speaker, the speakers in turn."""
+    rng = np.random.default_rng(seed)
+    speakers = sorted({row["speaker"] for row in rows})
     clips = []
-    for number in range(N_DIGIT_STRINGS):
-        picked = [rows[i] for i in rng.integers(0, len(rows), rng.integers(3, 9))]
+    for number in range(count):
+        speaker = speakers[number % len(speakers)]
+        spoken = [row for row in rows if row["speaker"] == speaker]
+        picked = [spoken[i] for i in rng.integers(0, len(spoken), rng.integers(3, 9))]
         parts: list[np.ndarray] = []
         for row in picked:
             waveform, rate_hz = soundfile.read(row["audio"], dtype="float32")
@@ -93,9 +96,7 @@ def digit_strings(rows: list[Row], folder: Path) -> list[Row]:
             parts += [soxr.resample(waveform, rate_hz, SAMPLE_RATE_HZ), gap]
         text = " ".join(row["text"] for row in picked)
         clips.append(
-            write_clip(
-                folder / f"{number:04d}.flac", np.concatenate(parts[:-1]), text, rows[0]["speaker"]
-            )
+            write_clip(folder / f"{number:04d}.flac", np.concatenate(parts[:-1]), text, speaker)
         )
     return clips
 
@@ -167,11 +168,15 @@ def main() -> None:
     silent = non_speech(train_noises, output / "non_speech_train", N_NOISE_TRAIN, seed=1)
     write_rows(output / "train_human.jsonl", train_human)
     write_rows(output / "train.jsonl", train_human + silent + synthetic("train"))
+    strings = digit_strings(
+        human("fsdd_train"), output / "digit_strings_train", N_DIGIT_STRINGS_TRAIN, seed=6
+    )
+    write_rows(output / "train_strings.jsonl", strings)
     dev = human("kathleen_dev") + synthetic("en_dev")[:30] + synthetic("mn_dev")
     write_rows(output / "dev.jsonl", dev)
     for split in ("kathleen_test", "common_voice_en_dev", "fsdd_test", "jfk_test"):
         write_rows(output / f"test_{split.removesuffix('_test')}.jsonl", human(split))
-    strings = digit_strings(human("fsdd_test"), output / "digit_strings")
+    strings = digit_strings(human("fsdd_test"), output / "digit_strings", N_DIGIT_STRINGS, seed=5)
     write_rows(output / "test_fsdd_strings.jsonl", strings)
     write_rows(output / "test_synthetic_mn.jsonl", synthetic("mn_test"))
     test_noises = [path for path in noises if path.name in TEST_NOISES]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make weights/default from nothing but the recordings, the text and the published Whisper tiny.en
-# encoder. Every step resumes where a killed run stopped; the stages took about three hours and a
-# quarter in all on two cores of a server CPU with bf16 matrix units (AMX), with other work beside.
+# encoder. Every step resumes where a killed run stopped; the stages took about five hours in all on
+# two cores of a server CPU with bf16 matrix units (AMX), with other work beside.
 #
 #   recipes/default/run.sh DATA WORK
 #
@@ -62,23 +62,37 @@ speechllm train lm --text "$work/lm_text_half.txt" --dev-text "$prepared/dev.jso
 
 # Connector, CTC head and LM learn from cached encoder outputs and from Whisper's decoder: half of the
 # synthetic speech, all that is no speech, and several copies of what people said.
+encode() { speechllm cache --encoder "$work/whisper2" --llm "$work/lm" "$@"; }
+augment() { encode --noise-dir "$prepared/noise_train" "$@"; }
 awk 'NR % 2 == 0 || /"text": ""/' "$prepared/train.jsonl" >"$work/train_half.jsonl"
-speechllm cache --manifest "$work/train_half.jsonl" --encoder "$work/whisper2" \
-    --llm "$work/lm" --output "$work/cache"
-speechllm cache --manifest "$prepared/train_human.jsonl" --encoder "$work/whisper2" \
-    --llm "$work/lm" --augmented-copies 4 \
-    --noise-dir "$prepared/noise_train" --output "$work/cache_human"
-speechllm cache --manifest "$prepared/picovoice.jsonl" --encoder "$work/whisper2" \
-    --llm "$work/lm" --augmented-copies 3 --noise-dir "$prepared/noise_train" \
-    --output "$work/cache_orders"
+encode --manifest "$work/train_half.jsonl" --output "$work/cache"
+augment --manifest "$prepared/train_human.jsonl" --augmented-copies 4 --output "$work/cache_human"
+augment --manifest "$prepared/picovoice.jsonl" --augmented-copies 3 --output "$work/cache_orders"
+learning=(--dev "$prepared/dev.jsonl" --train-llm --llm-lr-scale 1.0 --teacher "$work/whisper2"
+    --teacher-weight 0.5 --ctc-weight 0.3 --warmup-steps 100 --max-batch-audio-s 60
+    --concatenation 0.25 --compile-layers)
 speechllm train connector --cache "$work/cache" --cache "$work/cache_human" \
-    --cache "$work/cache_orders" --dev "$prepared/dev.jsonl" --encoder "$work/whisper2" \
-    --llm "$work/lm" --ctc fused --audio-positions ctc --prompt "" --language en --language mn \
-    --stack-size 4 --connector-hidden-size 512 --connector-convolutions 2 --train-llm \
-    --llm-lr-scale 1.0 --teacher "$work/whisper2" --teacher-weight 0.5 --ctc-weight 0.3 \
-    --epochs 3 --learning-rate 8e-4 --warmup-steps 100 --max-batch-audio-s 60 \
-    --concatenation 0.25 --compile-layers --stored-dtype fp16 \
-    --output "$work/connector"
+    --cache "$work/cache_orders" --encoder "$work/whisper2" --llm "$work/lm" --ctc fused \
+    --audio-positions ctc --prompt "" --language en --language mn --stack-size 4 \
+    --connector-hidden-size 512 --connector-convolutions 2 --epochs 3 --learning-rate 8e-4 \
+    --stored-dtype fp32 "${learning[@]}" --output "$work/connector1"
+
+# And again, with the other half of the synthetic speech, more copies, strings of digits, and the
+# orders of those voices too that Whisper has learnt to transcribe meanwhile.
+python "$here/pseudo_label.py" --data-dir "$data" --whisper "$work/whisper2" \
+    --output "$prepared/picovoice2.jsonl"
+awk 'NR % 2 == 1 || /"text": ""/' "$prepared/train.jsonl" >"$work/train_other_half.jsonl"
+encode --manifest "$work/train_other_half.jsonl" --output "$work/cache2"
+augment --manifest "$prepared/train_human.jsonl" --plain-copies 0 --augmented-copies 3 --seed 7 \
+    --output "$work/cache2_human"
+augment --manifest "$prepared/picovoice2.jsonl" --augmented-copies 3 --seed 8 \
+    --output "$work/cache2_orders"
+augment --manifest "$prepared/train_strings.jsonl" --augmented-copies 2 --seed 9 \
+    --output "$work/cache2_strings"
+speechllm train connector --cache "$work/cache2" --cache "$work/cache_human" \
+    --cache "$work/cache2_human" --cache "$work/cache2_orders" --cache "$work/cache2_strings" \
+    --model "$work/connector1" --epochs 3 --learning-rate 6e-4 --stored-dtype fp16 \
+    "${learning[@]}" --output "$work/connector"
 
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default
