@@ -7,7 +7,7 @@ from model.transcription import Transcriber
 @pytest.fixture(scope="module")
 def times(tiny_checkpoint):
     transcriber = Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
-    return measure(transcriber, 2, steps=2, rounds=3, clip_s=1.0)
+    return measure(transcriber, 2, generating=transcriber, steps=2, rounds=3, clip_s=1.0)
 
 
 def test_every_way_is_timed_in_every_round(times) -> None:
