@@ -215,6 +215,7 @@ class HeldEngine:
 
     max_audio_s = 30.0
     languages = ()
+    prompt_additions = frozenset()
 
     def __init__(self):
         self.may_start = asyncio.Event()
