@@ -69,6 +69,7 @@ def run_prepare(prepare: ModuleType, data: Path, output: Path) -> None:
         patch.setattr(prepare, "N_NOISE_TRAIN", 12)
         patch.setattr(prepare, "N_NOISE_TEST", 6)
         patch.setattr(prepare, "N_DIGIT_STRINGS", 8)
+        patch.setattr(prepare, "N_DIGIT_STRINGS_TRAIN", 6)
         patch.setattr(sys, "argv", ["prepare.py", *arguments, "--output", str(output)])
         prepare.main()
 
@@ -82,7 +83,8 @@ def prepared(data: Path, prepare: ModuleType) -> Path:
 
 def test_every_manifest_is_readable_and_its_audio_exists(prepared: Path) -> None:
     names = ("common_voice_en_dev", "fsdd", "fsdd_strings", "jfk", "kathleen", "non_speech")
-    expected = {"train", "train_human", "dev", "test_synthetic_mn"} | {f"test_{n}" for n in names}
+    expected = {"train", "train_human", "train_strings", "dev", "test_synthetic_mn"}
+    expected |= {f"test_{name}" for name in names}
     manifests = {path.stem: read_manifest(path) for path in prepared.glob("*.jsonl")}
     assert set(manifests) == expected
     for utterances in manifests.values():
