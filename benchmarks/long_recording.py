@@ -27,10 +27,9 @@ import soundfile
 import typer
 
 from benchmarks.servers import plain_server
-from model.data.audio import load_audio
+from model.data.audio import SAMPLE_RATE_HZ, load_audio
 from model.data.manifest import Utterance, read_manifest
 
-SAMPLE_RATE_HZ = 16_000
 ANSWER_TIMEOUT_S = 4 * 3600.0
 _PAUSES_S = (0.2, 1.2)
 _WATCH_S = 1.0
