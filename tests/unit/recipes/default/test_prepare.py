@@ -171,6 +171,18 @@ def test_a_digit_string_is_its_digits_with_gaps_between(prepared: Path) -> None:
         assert soundfile.info(utterance.audio).samplerate == RATE_HZ
 
 
+def test_a_digit_string_is_said_by_one_speaker_and_the_speakers_take_turns(
+    prepare: ModuleType, data: Path, tmp_path: Path
+) -> None:
+    rows = prepare.read_rows(data / "manifests" / "fsdd_train.jsonl", data)
+    rows = [{**row, "speaker": "low" if number < 5 else "high"} for number, row in enumerate(rows)]
+    strings = prepare.digit_strings(rows, tmp_path, 6, seed=1)
+    assert [row["speaker"] for row in strings] == ["high", "low"] * 3
+    for row in strings:
+        own = DIGITS[5:] if row["speaker"] == "high" else DIGITS[:5]
+        assert set(row["text"].split()) <= set(own)
+
+
 def test_preparing_twice_gives_the_same_files(
     prepared: Path, data: Path, prepare: ModuleType
 ) -> None:
