@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Range = tuple[float, float]
 
 _TELEPHONE_RATE_HZ = 8_000
+_LOWEST_EQUALISED_HZ = 62.5
 # Noise under a clip quieter than this (RMS, -60 dBFS) is scaled as if the clip were this loud, so
 # that silence becomes audible background noise.
 _QUIETEST_RMS = 1e-3
@@ -54,22 +55,33 @@ class AugmentationConfig:
     Attributes:
         speed_probability: of playing faster or slower, which moves the pitch too.
         speed_range: speed factor; 0.9 lasts 1/0.9 as long.
+        padding_probability: of near silence before and behind, as where a recording is started and
+            stopped by hand.
+        padding_s: seconds of it on each side, drawn for each.
+        padding_db: RMS of the clip over that of the faint noise there.
         reverberation_probability: of a synthetic room.
         reverberation_time_s: time in which the room's sound decays by 60 dB (T60).
         direct_to_reverberant_db: energy of the direct sound over that of the room's.
+        equaliser_probability: of another microphone: a smooth curve over frequency.
+        equaliser_db: most that the curve raises or lowers a frequency.
         noise_probability: of additive noise: a recording, or noise of a random colour.
         noise_snr_db: RMS of the clip over that of the noise.
         telephone_probability: of a telephone's band (8 kHz sample rate).
         gain_probability: of another loudness.
         gain_db: gain; held back where it would clip.
-        max_duration_s: a clip is not slowed down beyond this.
+        max_duration_s: a clip is not slowed down or padded beyond this.
     """
 
-    speed_probability: float = 0.4
-    speed_range: Range = (0.9, 1.12)
+    speed_probability: float = 0.5
+    speed_range: Range = (0.85, 1.18)
+    padding_probability: float = 0.35
+    padding_s: Range = (0.0, 1.2)
+    padding_db: Range = (30.0, 70.0)
     reverberation_probability: float = 0.15
     reverberation_time_s: Range = (0.1, 0.6)
     direct_to_reverberant_db: Range = (0.0, 18.0)
+    equaliser_probability: float = 0.3
+    equaliser_db: float = 9.0
     noise_probability: float = 0.35
     noise_snr_db: Range = (5.0, 30.0)
     telephone_probability: float = 0.12
@@ -97,6 +109,12 @@ class AugmentationConfig:
         ):
             if not lowest > 0:
                 raise ValueError(f"{name} must be above 0, not {lowest}")
+        for name, lowest in (
+            ("padding_s", self.padding_s[0]),
+            ("equaliser_db", self.equaliser_db),
+        ):
+            if not 0 <= lowest < math.inf:
+                raise ValueError(f"{name} must not be below 0, nor infinite: {lowest}")
 
 
 class WaveformAugmenter:
@@ -128,8 +146,8 @@ class WaveformAugmenter:
             rng: decides everything; the same state gives the same result.
 
         Returns:
-            (N',) float32, finite, within -1..1; N' differs from N where the speed changed. A clip
-            beyond full scale is scaled down to it.
+            (N',) float32, finite, within -1..1; N' differs from N where the speed changed or the
+            clip was padded. A clip beyond full scale is scaled down to it.
 
         Raises:
             ValueError: the clip is empty, not finite or not mono.
@@ -139,8 +157,12 @@ class WaveformAugmenter:
         waveform = waveform / np.float32(max(1.0, float(np.abs(waveform).max())))
         if rng.random() < config.speed_probability:
             waveform = self._change_speed(waveform, rng)
+        if rng.random() < config.padding_probability:
+            waveform = self._pad(waveform, rng)
         if rng.random() < config.reverberation_probability:
             waveform = _reverberate(waveform, self._room(rng))
+        if rng.random() < config.equaliser_probability:
+            waveform = _equalise(waveform, config.equaliser_db, rng)
         if rng.random() < config.noise_probability:
             noise = self._draw_noise(len(waveform), rng)
             waveform = add_noise(waveform, noise, rng.uniform(*config.noise_snr_db))
@@ -166,6 +188,15 @@ class WaveformAugmenter:
             waveform, SAMPLE_RATE_HZ * factor, SAMPLE_RATE_HZ, quality="LQ"
         )
         return changed if len(changed) else waveform
+
+    def _pad(self, waveform: Waveform, rng: np.random.Generator) -> Waveform:
+        sides = [int(rng.uniform(*self._config.padding_s) * SAMPLE_RATE_HZ) for _ in range(2)]
+        spare = max(0, int(self._config.max_duration_s * SAMPLE_RATE_HZ) - len(waveform))
+        before, behind = (min(side, spare // 2) for side in sides)
+        padded = np.pad(waveform, (before, behind))
+        noise = _coloured_noise(len(padded), rng)
+        noise[before : before + len(waveform)] = 0.0  # a clip has its own
+        return add_noise(padded, noise, rng.uniform(*self._config.padding_db))
 
     def _room(self, rng: np.random.Generator) -> Waveform:
         """Impulse response (N,): the direct sound, then noise that decays exponentially."""
@@ -508,6 +539,17 @@ def _coloured_noise(n_samples: int, rng: np.random.Generator) -> Waveform:
     frequencies = np.arange(1, len(spectrum) + 1, dtype=np.float32)
     spectrum *= frequencies ** np.float32(-rng.uniform(0.0, 2.0) / 2)
     return np.fft.irfft(spectrum, n_fft)[:n_samples].astype(np.float32)
+
+
+def _equalise(waveform: Waveform, most_db: float, rng: np.random.Generator) -> Waveform:
+    """Filter by gains drawn at points an octave apart, and between them along straight lines."""
+    n_fft = _fast_fft_size(len(waveform))
+    frequencies_hz = np.fft.rfftfreq(n_fft, 1 / SAMPLE_RATE_HZ)
+    octaves = np.log2(np.maximum(frequencies_hz, 1.0) / _LOWEST_EQUALISED_HZ)
+    points = np.arange(8)  # 62.5 Hz to 8 kHz
+    gains_db = np.interp(octaves, points, rng.uniform(-most_db, most_db, len(points)))
+    spectrum = np.fft.rfft(waveform, n_fft) * 10 ** (gains_db / 20)
+    return np.fft.irfft(spectrum, n_fft)[: len(waveform)].astype(np.float32)
 
 
 def _limit_to_telephone_band(waveform: Waveform) -> Waveform:

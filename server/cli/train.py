@@ -112,7 +112,7 @@ def data_config(
         float, _data_option(min=0, max=1, help="Share of utterances that are joined.")
     ] = 0.0,
     augment: Annotated[
-        bool, _data_option(help="Speed, gain, noise, reverberation, telephone band.")
+        bool, _data_option(help="Speed, silence around, room, microphone, noise, telephone, gain.")
     ] = False,
     noise_dir: NoiseDir = None,
     workers: Annotated[int, _data_option(min=0, help="Processes that decode and augment.")] = 1,

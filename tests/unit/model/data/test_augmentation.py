@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -24,6 +25,8 @@ from model.data.augmentation import (
 RATE_HZ = 16_000
 OFF = AugmentationConfig(
     speed_probability=0,
+    padding_probability=0,
+    equaliser_probability=0,
     reverberation_probability=0,
     noise_probability=0,
     telephone_probability=0,
@@ -88,6 +91,8 @@ def test_result_is_finite_mono_float32_within_full_scale(n_samples, kind, seed):
         waveform[n_samples // 2] = 1.0
     config = AugmentationConfig(
         speed_probability=0.7,
+        padding_probability=0.7,
+        equaliser_probability=0.7,
         reverberation_probability=0.7,
         noise_probability=0.7,
         telephone_probability=0.7,
@@ -112,6 +117,38 @@ def test_a_clip_is_not_slowed_down_beyond_the_longest_duration(seconds):
     for seed in range(20):
         result = augment(hiss(seconds), seed=seed, **config)
         assert len(result) <= max(seconds, 10.0) * RATE_HZ + 1
+
+
+def test_padding_leaves_the_clip_whole_in_near_silence():
+    speech = tone(1.0)
+    padded = augment(speech, padding_probability=1.0, padding_s=(0.5, 0.5), padding_db=(40.0, 40.0))
+    assert len(padded) == 2 * RATE_HZ
+    np.testing.assert_array_equal(padded[RATE_HZ // 2 : -RATE_HZ // 2], speech)
+    for side in (padded[: RATE_HZ // 2], padded[-RATE_HZ // 2 :]):
+        assert 0 < rms(side) < rms(speech) / 30
+
+
+@pytest.mark.parametrize("seconds", [9.5, 10.0, 11.0])
+def test_a_clip_is_not_padded_beyond_the_longest_duration(seconds):
+    for seed in range(20):
+        padded = augment(hiss(seconds), seed, padding_probability=1.0, max_duration_s=10.0)
+        assert seconds * RATE_HZ <= len(padded) <= max(seconds, 10.0) * RATE_HZ
+
+
+def test_an_equaliser_moves_each_frequency_by_no_more_than_was_asked_for():
+    noise = hiss(4.0)
+    filtered = augment(noise, seed=1, equaliser_probability=1.0, equaliser_db=6.0)
+    assert len(filtered) == len(noise)
+    bands = np.geomspace(62.5, 8_000, 15)
+    before, after = (
+        np.array(
+            [band_energy(clip, *edges) * rms(clip) ** 2 for edges in itertools.pairwise(bands)]
+        )
+        for clip in (noise, filtered)
+    )
+    moved_db = 10 * np.log10(after / before)
+    assert np.abs(moved_db).max() < 6.5
+    assert np.ptp(moved_db) > 1.0
 
 
 @pytest.mark.parametrize("snr_db", [0.0, 10.0, 25.0])
@@ -198,6 +235,8 @@ def test_what_is_no_clip_is_refused_as_waveform_and_as_noise(waveform):
         ("noise_snr_db", (5.0, float("inf"))),
         ("reverberation_time_s", (0.0, 0.1)),
         ("max_duration_s", 0.0),
+        ("padding_s", (-0.1, 0.1)),
+        ("equaliser_db", -1.0),
     ],
 )
 def test_configuration_out_of_range_is_refused_by_name(field, value):
