@@ -1,5 +1,6 @@
 """Small random speech LLMs of several families, and what `generate` says for one clip alone."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,8 @@ def _generate(transcriber, waveform, options, *, prompt=None, max_tokens=None, p
         **options,
     )
     scores = output.sequences_scores.tolist() if "sequences_scores" in output else [0.0]
-    eos = processor.tokenizer.eos_token_id
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
     rows = [row[length:] for row in output.sequences.tolist()]
-    ids = [row[: row.index(eos)] if eos in row else row for row in rows]
+    ids = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
     return list(zip(ids, scores, strict=True))

@@ -79,6 +79,9 @@ class ConnectorStageConfig(BaseModel):
         0.0, ge=0, le=1, description="share of the clips whose prompt lists hotwords"
     )
     hotwords_prompt: str = Field(" Hotwords: {}.", description="what then follows the prompt")
+    min_ctc_share: float | None = Field(
+        None, ge=0, le=1, description="of the checkpoint from now on; None leaves it as it is"
+    )
     feature_augment: bool = True
     spec_augment: bool = True
     stored_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -310,8 +313,8 @@ class ConnectorStage:
         Raises:
             CheckpointError: the teacher cannot be loaded.
             ValueError: `train_encoder` with cached features, `lora` with `train_llm`, a teacher of
-                other tokens or, with cached features, with another encoder, or hotwords without a
-                CTC head or a template to put them in.
+                other tokens or, with cached features, with another encoder, hotwords without a CTC
+                head or a template to put them in, or `min_ctc_share` without a CTC head.
         """
         cached = bool(train) and isinstance(train[0], tuple)
         if cached and config.train_encoder:
@@ -343,19 +346,24 @@ class ConnectorStage:
             if cached
             else SpeechData(train, config.data, processor.text_ids, seed)  # type: ignore[arg-type]
         )
-        if config.hotwords_share:
-            self._teach_hotwords()
+        self._use_ctc_head()
         self._seed = seed
         self._dev_utterances = dev
         plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
         self._dev = SpeechData(dev, plain, processor.text_ids, seed) if dev else None
 
-    def _teach_hotwords(self) -> None:
-        """Have the checkpoint say that its prompt takes hotwords."""
-        if self.model.ctc_head is None:
-            raise ValueError("hotwords are filtered by a CTC head, and the model has none")
-        check_addition("hotwords", self.config.hotwords_prompt)
-        self.processor.prompt_additions["hotwords"] = self.config.hotwords_prompt
+    def _use_ctc_head(self) -> None:
+        """Have the checkpoint say what it uses its CTC head for when it answers."""
+        config, has_head = self.config, self.model.ctc_head is not None
+        if config.min_ctc_share is not None:
+            if config.min_ctc_share and not has_head:
+                raise ValueError("min_ctc_share needs a CTC head, and the model has none")
+            self.model.config.min_ctc_share = config.min_ctc_share
+        if config.hotwords_share:
+            if not has_head:
+                raise ValueError("hotwords are filtered by a CTC head, and the model has none")
+            check_addition("hotwords", config.hotwords_prompt)
+            self.processor.prompt_additions["hotwords"] = config.hotwords_prompt
 
     @property
     def module(self) -> nn.Module:

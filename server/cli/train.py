@@ -276,6 +276,12 @@ def train_connector(
     hotwords_prompt: Annotated[
         str, typer.Option(help="What then follows the prompt, with {} for the list.")
     ] = " Hotwords: {}.",
+    min_ctc_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Of the tokens that the CTC head hears; no answer ends before it."
+        ),
+    ] = None,
     spec_augment: Annotated[
         bool, typer.Option(help="SpecAugment, or its like on features.")
     ] = True,
@@ -301,7 +307,7 @@ def train_connector(
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
         label_smoothing=label_smoothing, teacher=teacher, teacher_weight=teacher_weight,
         hotwords_share=hotwords_share, hotwords_prompt=hotwords_prompt,
-        feature_augment=spec_augment, spec_augment=spec_augment,
+        min_ctc_share=min_ctc_share, feature_augment=spec_augment, spec_augment=spec_augment,
         stored_dtype=stored_dtype, compile_layers=compile_layers, data=data,
     )  # fmt: skip
     new = replace(new, seed=loop.seed)

@@ -320,8 +320,14 @@ class SpeechRunner:
         self._slots.begin_prefill(len(plans), after=after)
         self._fill_slots(embeds[:, :-1], position_ids[:, :-1])
         ends = [len(ids) - 1 for ids in laid_out]
+        fewest = [0] * len(plans) if audio.fewest_tokens is None else audio.fewest_tokens.tolist()
         return [
-            _Row(end + 1, embeds[row, end], int(positions[end]) - end, self._sampler(plan.decoding))
+            _Row(
+                prompt_tokens=end + 1,
+                last_embed=embeds[row, end],
+                position_offset=int(positions[end]) - end,
+                sampler=TokenSampler(plan.decoding, self.stop_ids, fewest[row]),
+            )
             for row, (end, positions, plan) in enumerate(
                 zip(ends, position_ids.tolist(), plans, strict=True)
             )
@@ -396,12 +402,10 @@ class SpeechRunner:
         state = self._rows[row]
         self._slots.rewind(row, state.prompt_tokens - 1)
         state.next_id = None
-        decoding = state.sampler.decoding
-        penalty = max(decoding.repetition_penalty, repetition_penalty)
-        state.sampler = self._sampler(replace(decoding, repetition_penalty=penalty))
-
-    def _sampler(self, decoding: Decoding) -> TokenSampler:
-        return TokenSampler(decoding, len(self.stop_ids))
+        before = state.sampler
+        penalty = max(before.decoding.repetition_penalty, repetition_penalty)
+        decoding = replace(before.decoding, repetition_penalty=penalty)
+        state.sampler = TokenSampler(decoding, before.stop_ids, before.fewest_tokens)
 
     def release(self, row: int, *, failed: bool = False) -> None:
         """Free a row; the last one takes its place. What a `failed` one holds is wiped."""

@@ -14,7 +14,7 @@ from server.engine.beams import candidates_per_beam
 from server.engine.decoding import Candidates, Decoding, Token
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
 
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 class TokenSampler:
     """Chooses the tokens of one sequence. Its randomness is its own, so a batch changes none."""
 
-    def __init__(self, decoding: Decoding, n_stop_ids: int = 1) -> None:
-        """Begin a sequence of an LLM that has so many end tokens."""
+    def __init__(
+        self, decoding: Decoding, stop_ids: Collection[int], fewest_tokens: int = 0
+    ) -> None:
+        """Begin a sequence that no token of `stop_ids` ends before it has its fewest tokens."""
         self.decoding = decoding
-        self.n_candidates = candidates_per_beam(decoding.num_beams, n_stop_ids)
+        self.stop_ids = stop_ids
+        self.fewest_tokens = fewest_tokens
+        self.n_candidates = candidates_per_beam(decoding.num_beams, len(stop_ids))
+        self._n_chosen = 0
         self._generated: set[int] = set()
         self._generator: torch.Generator | None = None
         if decoding.temperature > 0:
@@ -37,17 +42,24 @@ class TokenSampler:
 
     def note(self, token_id: int) -> None:
         """Count a chosen token as generated."""
+        self._n_chosen += 1
         self._generated.add(token_id)
 
     def branch(self, token_id: int) -> TokenSampler:
         """Return the sampler of a beam that goes on from this one's with a token."""
         child = copy(self)
+        child._n_chosen += 1
         child._generated = {*self._generated, token_id}
         return child
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next token must not be an end token."""
+        return self._n_chosen < self.fewest_tokens
+
     def choose(self, logits: Tensor) -> Token:
         """Choose from one row of logits (V,)."""
-        scores = self.penalise(logits.float())
+        scores = self.adjust(logits.float())
         if self._generator is None:
             token_id = int(scores.argmax())
         else:
@@ -57,19 +69,22 @@ class TokenSampler:
             logprob = float(logits.float().log_softmax(-1)[token_id])
         return Token(token_id, logprob)
 
-    def penalise(self, scores: Tensor) -> Tensor:
-        """Apply the repetition penalty to one row of logits or log-probabilities (V,).
+    def adjust(self, scores: Tensor) -> Tensor:
+        """Apply what was asked for to one row of logits or log-probabilities (V,).
 
-        Source: CTRL, arXiv 1909.05858, in transformers' form.
+        Source of the repetition penalty: CTRL, arXiv 1909.05858, in transformers' form.
         """
         penalty = self.decoding.repetition_penalty
-        if penalty == 1 or not self._generated:
-            return scores
-        ids = torch.tensor(sorted(self._generated), device=scores.device)
-        chosen = scores[ids]
-        return scores.index_copy(
-            0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty)
-        )
+        if penalty != 1 and self._generated:
+            ids = torch.tensor(sorted(self._generated), device=scores.device)
+            chosen = scores[ids]
+            scores = scores.index_copy(
+                0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+            )
+        if self.goes_on:
+            ends = torch.tensor([*self.stop_ids], device=scores.device)
+            scores = scores.index_fill(0, ends, -torch.inf)
+        return scores
 
     def _draw(self, scores: Tensor, generator: torch.Generator) -> int:
         """Invert the distribution function at one uniform number, drawn on the host."""
@@ -92,12 +107,13 @@ def choose_tokens(
     """Choose every row's next token, or a beam's candidates.
 
     Args:
-        logits: (R, V), in the model's dtype.
+        logits: (R, V), in the model's dtype; those of end tokens are changed where a row goes on.
         samplers: one a row.
 
     Returns:
         One a row; None where its logits are not finite.
     """
+    _forbid_ends(logits, samplers)
     # One transfer to the host for all rows; a NaN is the maximum of its row.
     best, ids = logits.max(-1)
     plain = ids.tolist()
@@ -118,17 +134,24 @@ def choose_tokens(
     return chosen
 
 
+def _forbid_ends(logits: Tensor, samplers: Sequence[TokenSampler]) -> None:
+    """Take the end tokens from the plain rows that go on, of all (R, V), in place."""
+    going_on = [row for row, each in enumerate(samplers) if each.goes_on and each.decoding.is_plain]
+    if going_on:
+        ends = [[*samplers[row].stop_ids] for row in going_on]
+        logits[torch.tensor(going_on)[:, None], torch.tensor(ends)] = -torch.inf
+
+
 def _rank(
     logits: Tensor, rows: Sequence[int], samplers: Sequence[TokenSampler]
 ) -> dict[int, Candidates]:
-    """Candidates of each beam's row. As in transformers, log-probabilities are penalised."""
+    """Candidates of each beam's row. As in transformers, log-probabilities are adjusted."""
     logprobs = logits[rows].float().log_softmax(-1)
-    scores = logprobs
-    if any(samplers[row].decoding.repetition_penalty != 1 for row in rows):
-        scores = torch.stack(
-            [samplers[row].penalise(each) for row, each in zip(rows, logprobs, strict=True)]
-        )
-    count = min(max(samplers[row].n_candidates for row in rows), logits.shape[-1])
+    own = [samplers[row] for row in rows]
+    scores = torch.stack(
+        [sampler.adjust(each) for sampler, each in zip(own, logprobs, strict=True)]
+    )
+    count = min(max(sampler.n_candidates for sampler in own), logits.shape[-1])
     top, ids = scores.topk(count)
     columns = zip(rows, ids.tolist(), top.tolist(), logprobs.gather(-1, ids).tolist(), strict=True)
     return {

@@ -80,6 +80,37 @@ def test_generate_of_a_batch_equals_each_clip_alone(
 
 
 @torch.inference_mode()
+def test_no_answer_ends_before_its_share_of_what_the_ctc_head_hears(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    ends = [2, *range(10, 320, 2)]
+    model.generation_config.eos_token_id = ends
+    options = {"max_new_tokens": 12, "do_sample": False}
+
+    def lengths(batch: dict[str, torch.Tensor], **more: int) -> list[int]:
+        answers = model.generate(**batch, **options, **more)[:, batch["input_ids"].shape[1] :]
+        return [
+            next((n for n, token in enumerate(row) if token in ends), len(row))
+            for row in answers.tolist()
+        ]
+
+    batch = processor(clips())
+    frames, frame_lens = model.encode(batch["input_features"], batch["feature_lens"])
+    before = lengths(batch)
+    model.config.min_ctc_share = 1.0
+    fewest = model.embed_audio(frames, frame_lens).fewest_tokens
+    assert fewest is not None
+    together = lengths(batch)
+    assert max(new - old for new, old in zip(together, before, strict=True)) > 1
+    assert all(n >= min(least, 12) for n, least in zip(together, fewest.tolist(), strict=True))
+    assert together == [lengths(processor([clip]))[0] for clip in clips()]
+    searched = lengths(batch, num_beams=2)
+    assert all(n >= min(least, 12) for n, least in zip(searched, fewest.tolist(), strict=True))
+    cached = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert lengths({**cached, "encoder_frames": frames, "frame_lens": frame_lens}) == together
+
+
+@torch.inference_mode()
 def test_generate_without_a_cache_and_with_beams_reads_the_audio_too(
     model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
 ) -> None:
@@ -306,6 +337,8 @@ def test_auto_classes_know_the_model(tiny_checkpoint: Path) -> None:
         ({"ctc": "maybe"}, "ctc must be one of none, auxiliary, fused"),
         ({"audio_positions": "time"}, "audio_positions must be one of sequence, ctc"),
         ({"audio_positions": "ctc"}, "needs a CTC head"),
+        ({"min_ctc_share": 0.9}, "needs a CTC head"),
+        ({"min_ctc_share": 1.1}, "min_ctc_share must lie in"),
         ({"ctc": "fused"}, "needs pad_token_id"),
         (
             {"ctc": "fused", "pad_token_id": 0, "ctc_tokens": 0},

@@ -3,10 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
-from server.engine.decoding import Decoding
+from server.engine.decoding import Candidates, Decoding
 from server.engine.sampling import TokenSampler, choose_tokens
 
 VOCABULARY = 50
+STOP_IDS = frozenset({0, 3})
+
+
+def begin(decoding, fewest_tokens=0):
+    return TokenSampler(decoding, STOP_IDS, fewest_tokens)
 
 
 def logits_of(seed, rows=1):
@@ -14,13 +19,13 @@ def logits_of(seed, rows=1):
 
 
 def draw(decoding, logits, n=1):
-    sampler = TokenSampler(decoding)
+    sampler = begin(decoding)
     return [sampler.choose(logits).id for _ in range(n)]
 
 
 def test_temperature_zero_takes_the_likeliest():
     logits = logits_of(0, 3)
-    tokens = choose_tokens(logits, [TokenSampler(Decoding()) for _ in range(3)])
+    tokens = choose_tokens(logits, [begin(Decoding()) for _ in range(3)])
     assert [token.id for token in tokens] == logits.argmax(-1).tolist()
     assert all(token.logprob is None for token in tokens)
 
@@ -28,7 +33,7 @@ def test_temperature_zero_takes_the_likeliest():
 def test_log_probabilities_are_the_model_s_own_whatever_is_sampled():
     logits = logits_of(1, 2)
     wishes = [Decoding(logprobs=True), Decoding(logprobs=True, temperature=1.7, seed=3, top_p=0.5)]
-    for row, token in enumerate(choose_tokens(logits, [TokenSampler(w) for w in wishes])):
+    for row, token in enumerate(choose_tokens(logits, [begin(w) for w in wishes])):
         expected = logits[row].log_softmax(-1)[token.id]
         torch.testing.assert_close(torch.tensor(token.logprob), expected)
 
@@ -37,8 +42,8 @@ def test_log_probabilities_are_the_model_s_own_whatever_is_sampled():
 def test_a_seed_gives_the_same_tokens_in_any_company(seed, logits_seed, company):
     decoding = Decoding(temperature=1.0, top_p=0.9, seed=seed)
     logits = logits_of(logits_seed)
-    alone, in_batch = TokenSampler(decoding), TokenSampler(decoding)
-    others = [TokenSampler(Decoding(temperature=0.7)) for _ in range(company)]
+    alone, in_batch = begin(decoding), begin(decoding)
+    others = [begin(Decoding(temperature=0.7)) for _ in range(company)]
     for _ in range(3):
         (expected,) = choose_tokens(logits, [alone])
         batch = torch.cat([logits_of(logits_seed + 1, company), logits])
@@ -70,7 +75,7 @@ def test_top_p_keeps_the_tokens_that_transformers_keeps(logits_seed, top_p):
 @given(st.integers(0, 1000), st.floats(1.05, 3.0), st.lists(st.integers(0, 49), max_size=8))
 def test_the_repetition_penalty_is_transformers_own(logits_seed, penalty, generated):
     logits = logits_of(logits_seed)
-    sampler = TokenSampler(Decoding(repetition_penalty=penalty))
+    sampler = begin(Decoding(repetition_penalty=penalty))
     for token in generated:
         sampler.note(token)
     ids = torch.tensor([generated], dtype=torch.int64)
@@ -82,7 +87,7 @@ def test_a_row_that_is_not_finite_gives_no_token_and_spoils_no_other():
     logits = logits_of(2, 3)
     logits[1, 7] = torch.nan
     wishes = [Decoding(), Decoding(temperature=1.0, seed=0), Decoding()]
-    tokens = choose_tokens(logits, [TokenSampler(wish) for wish in wishes])
+    tokens = choose_tokens(logits, [begin(wish) for wish in wishes])
     assert tokens[1] is None
     assert [tokens[0].id, tokens[2].id] == logits[[0, 2]].argmax(-1).tolist()
 
@@ -92,3 +97,39 @@ def test_the_last_token_can_be_drawn_and_nothing_beyond_it(seed):
     logits = torch.full((VOCABULARY,), -torch.inf)
     logits[-1] = 0.0
     assert draw(Decoding(temperature=1.0, seed=seed), logits) == [VOCABULARY - 1]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5),
+            st.sampled_from(
+                [
+                    Decoding(),
+                    Decoding(logprobs=True),
+                    Decoding(temperature=1.3, seed=1),
+                    Decoding(repetition_penalty=1.5),
+                    Decoding(num_beams=3),
+                ]
+            ),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(0, 1000),
+)
+def test_no_answer_ends_before_its_fewest_tokens_and_any_may_then(rows, seed):
+    samplers = [begin(decoding, fewest) for fewest, decoding in rows]
+    for n_chosen in range(7):
+        logits = logits_of(seed + n_chosen, len(rows))
+        logits[:, [*STOP_IDS]] += 50.0  # every row would rather end
+        plain = logits.clone()
+        for row, choice in enumerate(choose_tokens(logits, samplers)):
+            ids = choice.token_ids if isinstance(choice, Candidates) else [choice.id]
+            goes_on = n_chosen < rows[row][0]
+            assert goes_on == STOP_IDS.isdisjoint(ids)
+            if isinstance(choice, Candidates):
+                samplers[row] = samplers[row].branch(ids[0])
+            elif choice.logprob is not None and goes_on:
+                expected = plain[row].log_softmax(-1)[choice.id]
+                torch.testing.assert_close(torch.tensor(choice.logprob), expected)
