@@ -83,6 +83,9 @@ def with_short_claim(data, form):
     elif form == "webm":
         at = data.index(b"\x44\x89\x88") + 3  # the duration, milliseconds
         forged[at : at + 8] = struct.pack(">d", 1_000.0)
+    elif form == "flac":
+        packed = int.from_bytes(data[18:26], "big")  # of STREAMINFO; the samples are in 36 bits
+        forged[18:26] = (packed >> 36 << 36 | 100).to_bytes(8, "big")
     elif form == "mp3":
         tag = data.index(b"Xing") if b"Xing" in data else data.index(b"Info")
         forged[tag + 8 : tag + 12] = struct.pack(">I", 10)  # frames

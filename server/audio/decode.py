@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from server.audio import mp3
 from server.audio.clip import SAMPLE_RATE_HZ, Clip
 from server.audio.limits import AudioLimits, check_format, check_header, too_long
 from server.audio.probe import Probe, probe
@@ -96,9 +97,7 @@ class StreamDecoder:
                 self._take_format(block)
                 resampler = soxr.ResampleStream(block.rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32")
             if (block.rate_hz, block.samples.shape[1]) != (self.sample_rate_hz, self.channels):
-                raise AudioUnsupportedError(
-                    "the sample rate or channel count changes within the file"
-                )
+                raise _changes()
             frames += len(block.samples)
             if frames > self._limits.max_audio_s * self.sample_rate_hz:
                 raise too_long(self._header, self._limits)
@@ -116,6 +115,10 @@ class StreamDecoder:
     def _take_format(self, block: _Block) -> None:
         self.sample_rate_hz, self.channels = block.rate_hz, block.samples.shape[1]
         check_format(self.sample_rate_hz, self.channels, self._limits)
+
+
+def _changes() -> AudioUnsupportedError:
+    return AudioUnsupportedError("the sample rate or channel count changes within the file")
 
 
 def _downmix(samples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -148,13 +151,14 @@ class _ForwardFile(soundfile.SoundFile):
 def _read_soundfile(data: bytes, header: Probe, limits: AudioLimits) -> Iterator[_Block]:
     """Yield blocks of about a second; at most one sample more than allowed is decoded in vain."""
     is_open = False
+    is_flac = header.container == "flac"
     frames = 0
     try:
-        with _ForwardFile(io.BytesIO(data)) as file:
+        with _ForwardFile(_without_claim(data, header)) as file:
             is_open = True
             check_format(file.samplerate, file.channels, limits)
             most = int(limits.max_audio_s * file.samplerate) + 1
-            announced = file.frames if file.format == "FLAC" and header.duration_s else 0
+            announced = round((header.duration_s or 0.0) * file.samplerate) if is_flac else 0
             while frames < most:
                 size = min(file.samplerate, most - frames)
                 samples = file.read(size, dtype="float32", always_2d=True)
@@ -169,6 +173,43 @@ def _read_soundfile(data: bytes, header: Probe, limits: AudioLimits) -> Iterator
         raise AudioUnreadableError(f"the audio cannot be decoded: {error.error_string}") from error
     if frames < min(announced, most):
         raise AudioTruncatedError(f"the audio breaks off after {frames} of {announced} samples")
+
+
+def _without_claim(data: bytes, header: Probe) -> io.BytesIO:
+    """The upload, told to go on to its end.
+
+    libsndfile ends where a FLAC or MP3 claims to end, or where the size of an MP3 that claims
+    nothing seems to say so, and drops the rest without a word.
+    """
+    first = mp3.beginning(data) if header.container == "mp3" else None
+    if first is not None:
+        return _mp3_without_claim(data, first)
+    file = io.BytesIO(data)
+    if header.container == "flac":
+        at = mp3.skip_id3(data) + 18  # rate, channels and depth in 28 bits, samples in 36
+        packed = int.from_bytes(data[at : at + 8], "big")
+        _overwrite(file, at, (packed >> 36 << 36).to_bytes(8, "big"))
+    return file
+
+
+def _mp3_without_claim(data: bytes, first: mp3.Beginning) -> io.BytesIO:
+    n_frames = 0
+    for frame in mp3.frames(data, first):
+        n_frames += 1
+        if not frame.continues(first.frame):  # there, libsndfile ends as well
+            raise _changes()
+    if first.n_frames is None:
+        return io.BytesIO(mp3.with_open_end(data, first))
+    file = io.BytesIO(data)
+    if first.n_frames < n_frames:  # a right number also says how much padding there is at the end
+        _overwrite(file, first.n_frames_at, mp3.OPEN_END)
+    return file
+
+
+def _overwrite(file: io.BytesIO, at: int, data: bytes) -> None:
+    file.seek(at)
+    file.write(data)
+    file.seek(0)
 
 
 def _read_pyav(data: bytes, header: Probe) -> Iterator[_Block]:

@@ -7,8 +7,8 @@ A container that announces more bytes than came is truncated: WAV, M4A, WebM, MP
 and a broken last OGG page tell. ADTS and plain MP3 cannot, and what came of them is transcribed. A
 WAV of unknown length, as written to a pipe, is read to its end.
 
-Sources: RIFF/WAVE (Microsoft), RFC 3533 and RFC 7845 (Ogg, Opus), RFC 9639 (FLAC), ISO/IEC 11172-3
-(MP3), ISO/IEC 14496-12 (boxes), RFC 8794 and RFC 9559 (EBML, Matroska).
+Sources: RIFF/WAVE (Microsoft), RFC 3533 and RFC 7845 (Ogg, Opus), RFC 9639 (FLAC), ISO/IEC 14496-12
+(boxes), RFC 8794 and RFC 9559 (EBML, Matroska); of MP3 in `mp3`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from server.audio import mp3
 from server.errors import AudioEmptyError, AudioUnrecognisedError
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ _MAX_ELEMENTS = 4096  # boxes, chunks or elements looked at before a forged head
 _WAV_UNKNOWN_LENGTH = 0x7FFF0000  # writers to a pipe put this or more for "until the end"
 _OGG_MAX_PAGE = 65_307  # bytes: 27 + 255 + 255 * 255
 _OPUS_GRANULE_RATE_HZ = 48_000
-_MP3_SYNC_SEARCH = 4096  # bytes of junk tolerated before the first frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def _dispatch(data: bytes) -> Probe | None:  # noqa: PLR0911 - one return a cont
         return _probe_mp4(data)
     if data[:4] == b"\x1a\x45\xdf\xa3":
         return _probe_webm(data)
-    start = _skip_id3(data)
+    start = mp3.skip_id3(data)
     if data[start : start + 4] == b"fLaC":
         return _probe_flac(data, start)
     if _is_adts(data, start):
@@ -227,16 +227,6 @@ def _elements(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, in
         start += size
 
 
-def _skip_id3(data: bytes) -> int:
-    """Offset behind an ID3v2 tag, whose size has seven bits a byte."""
-    if data[:3] != b"ID3" or len(data) < 10:  # noqa: PLR2004 - the tag header's length
-        return 0
-    size = 0
-    for byte in data[6:10]:
-        size = size << 7 | byte & 0x7F
-    return 10 + size
-
-
 def _is_adts(data: bytes, start: int) -> bool:
     """Two AAC frames in a row, the second where the first says that it ends."""
     header = data[start : start + 7]
@@ -246,69 +236,13 @@ def _is_adts(data: bytes, start: int) -> bool:
     return data[second : second + 1] == b"\xff" and data[second + 1] & 0xF6 == 0xF0  # noqa: PLR2004
 
 
-@dataclass(frozen=True, slots=True)
-class _Mp3Frame:
-    rate_hz: int
-    channels: int
-    samples: int
-    size: int
-    side_info: int  # bytes between the header and a Xing tag
-
-
-# kbit/s by index, for MPEG-1 and MPEG-2/2.5, Layer III
-_MP3_BITRATES = {
-    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-_MP3_RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
-
-
-def _mp3_frame(data: bytes, at: int) -> _Mp3Frame | None:
-    if at + 4 > len(data):
-        return None
-    (word,) = struct.unpack_from(">I", data, at)
-    version, layer = word >> 19 & 3, word >> 17 & 3
-    bitrate_index, rate_index = word >> 12 & 15, word >> 10 & 3
-    if word >> 21 != 0x7FF or version == 1 or layer != 1:  # noqa: PLR2004 - sync word; Layer III
-        return None
-    if bitrate_index in {0, 15} or rate_index == 3:  # noqa: PLR2004 - free format; reserved
-        return None
-    mpeg1 = version == 3  # noqa: PLR2004
-    rate_hz = _MP3_RATES_HZ[version][rate_index]
-    samples = 1152 if mpeg1 else 576
-    size = samples // 8 * _MP3_BITRATES[mpeg1][bitrate_index] * 1000 // rate_hz + (word >> 9 & 1)
-    mono = word >> 6 & 3 == 3  # noqa: PLR2004
-    side_info = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}
-    return _Mp3Frame(rate_hz, 1 if mono else 2, samples, size, side_info[mpeg1, mono])
-
-
 def _probe_mp3(data: bytes, start: int) -> Probe | None:
-    tagged = start > 0
-    if tagged and start >= len(data):
+    if 0 < start >= len(data):  # nothing came behind the ID3 tag
         return Probe("mp3", truncated=True)
-    for at in range(start, min(start + _MP3_SYNC_SEARCH, len(data))):
-        at = data.find(b"\xff", at)  # noqa: PLW2901 - skips to the next candidate
-        if at < 0 or at > start + _MP3_SYNC_SEARCH:
-            return None
-        frame = _mp3_frame(data, at)
-        # A second frame behind it tells a frame from two chance bytes.
-        if frame and (at + frame.size == len(data) or _mp3_frame(data, at + frame.size)):
-            return _probe_xing(data, at, frame)
-    return None
-
-
-def _probe_xing(data: bytes, at: int, frame: _Mp3Frame) -> Probe:
-    tag = at + 4 + frame.side_info
-    duration_s = None
-    truncated = False
-    if data[tag : tag + 4] in {b"Xing", b"Info"}:
-        (flags,) = struct.unpack_from(">I", data, tag + 4)
-        field = tag + 8
-        if flags & 1:
-            (frames,) = struct.unpack_from(">I", data, field)
-            duration_s = frames * frame.samples / frame.rate_hz
-            field += 4
-        if flags & 2:
-            (size,) = struct.unpack_from(">I", data, field)
-            truncated = at + size > len(data)
+    first = mp3.beginning(data)
+    if first is None:
+        return None
+    frame, n_frames = first.frame, first.n_frames
+    duration_s = None if n_frames is None else n_frames * frame.samples / frame.rate_hz
+    truncated = first.size is not None and first.at + first.size > len(data)
     return Probe("mp3", duration_s, frame.rate_hz, frame.channels, truncated)
