@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 CONNECTOR_FILE = "connector.safetensors"
+_GENERATION_FILE = "generation_config.json"
 _READ = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 _OWN_PARTS = ("encoder", "llm", "lora")
-_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointError(ValueError):
@@ -123,8 +123,23 @@ def refuse_pickles(folder: Path) -> None:
             )
 
 
-def read_tensors(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+def read_tensors(
+    files: Iterable[Path],
+    prefixes: tuple[str, ...] = ("",),
+    *,
+    ignored: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
     """Read the tensors whose name starts with the first of `prefixes` that occurs, stripped of it.
+
+    Each has memory of its own. A mapped file would stay in memory, all that was ever read of it,
+    until the last of its tensors is let go.
+
+    Args:
+        files: safetensors.
+        prefixes: of the names that are read.
+        ignored: how names, stripped, begin that are not.
+        dtype: of all that is floating point; None keeps what is stored.
 
     Raises:
         CheckpointError: a file is no safetensors file, or is cut short.
@@ -132,30 +147,17 @@ def read_tensors(files: Iterable[Path], prefixes: tuple[str, ...] = ("",)) -> di
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as reader:
+            with safe_open(file, framework="pt", backend="pread") as reader:
                 for name in reader.keys():  # noqa: SIM118 - not a dict
                     prefix = next((p for p in prefixes if name.startswith(p)), None)
-                    if prefix is not None:
-                        tensors[name.removeprefix(prefix)] = reader.get_tensor(name)
+                    if prefix is None or (own := name.removeprefix(prefix)).startswith(ignored):
+                        continue
+                    tensor = reader.get_tensor(name)
+                    converts = dtype is not None and tensor.is_floating_point()
+                    tensors[own] = tensor.to(dtype) if converts else tensor
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from error
     return tensors
-
-
-def stored_dtype(files: Iterable[Path]) -> torch.dtype | None:
-    """What the files' first tensor is stored in; None if that is no plain float type.
-
-    Raises:
-        CheckpointError: a file is no safetensors file, or is cut short.
-    """
-    kinds: list[str] = []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                kinds += [reader.get_slice(name).get_dtype() for name in reader.keys()]  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from error
-    return _STORED_DTYPES.get(kinds[0]) if kinds else None
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str) -> None:
@@ -224,17 +226,14 @@ def load_encoder(
     """Load a Whisper encoder from an encoder folder or a whole Whisper folder."""
     with torch.device("meta"):
         encoder = WhisperEncoder(config.encoder_config)
-    tensors = read_tensors(tensor_files(folder), ("model.encoder.", "encoder.", ""))
-    wanted = encoder.state_dict()
-    # A whole Whisper folder holds its decoder too, which the encoder's prefix leaves out.
-    tensors = {
-        k: v for k, v in tensors.items() if not k.startswith(("model.", "decoder.", "proj_"))
-    }
-    check_tensors(tensors, wanted, f"{folder}")
-    encoder.load_state_dict(
-        {name: tensor.to(dtype) if dtype else tensor for name, tensor in tensors.items()},
-        assign=True,
+    tensors = read_tensors(
+        tensor_files(folder),
+        ("model.encoder.", "encoder.", ""),
+        ignored=("model.", "decoder.", "proj_"),  # the rest of a whole Whisper folder
+        dtype=dtype,
     )
+    check_tensors(tensors, encoder.state_dict(), f"{folder}")
+    encoder.load_state_dict(tensors, assign=True)
     return encoder.eval()
 
 
@@ -242,35 +241,47 @@ def load_llm(
     folder: Path, config: SpeechLLMConfig, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """Load any causal LM of transformers, whole or sharded."""
-    llm = load_whole(AutoModelForCausalLM, folder, dtype, config=config.llm_config)
-    return cast("PreTrainedModel", llm)
+    try:
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config.llm_config, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return cast("PreTrainedModel", load_whole(type(made), folder, dtype, made.config))
 
 
 def load_whole(
-    model_class: Any,  # noqa: ANN401 - a model or Auto class; they share no type
+    model_class: type[PreTrainedModel],
     folder: Path,
     dtype: torch.dtype | None = None,
-    **options: Any,  # noqa: ANN401
+    config: PreTrainedConfig | None = None,
 ) -> Any:  # noqa: ANN401
-    """Load a transformers model, whole or sharded, in `dtype` or what is stored.
+    """Load a transformers model, whole or sharded.
+
+    Args:
+        model_class: of the model, no Auto class.
+        folder: of the model.
+        dtype: of all weights; None keeps what is stored.
+        config: None reads the folder's.
 
     Raises:
         CheckpointError: a tensor is missing, extra or of another shape, a file is cut short or
             pickled, or transformers cannot build the model.
     """
-    # Looked at first, since transformers names no file when one is cut short.
-    stored = stored_dtype(tensor_files(folder))
+    # Given the folder, transformers would map its files.
+    tensors = read_tensors(tensor_files(folder), dtype=dtype)
+    stored = next((each.dtype for each in tensors.values() if each.is_floating_point()), None)
     try:
         with quiet_transformers():
             model, info = model_class.from_pretrained(
-                folder,
-                dtype=dtype or stored or "auto",
-                use_safetensors=True,
-                trust_remote_code=False,
+                None,
+                config=config or model_class.config_class.from_pretrained(folder),
+                state_dict=tensors,
+                dtype=dtype or stored,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **options,
             )
+            if (folder / _GENERATION_FILE).exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
@@ -320,26 +331,19 @@ def load_model(
     path = folder / CONNECTOR_FILE
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file")
-    tensors = read_tensors([path])
+    tensors = read_tensors([path], dtype=dtype)
     check_tensors(tensors, own, str(path))
-    model.load_state_dict(
-        {
-            name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        },
-        strict=False,
-        assign=True,
-    )
+    model.load_state_dict(tensors, strict=False, assign=True)
     if model.ctc_head is not None:
         try:
             model.ctc_head.check()
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
-    if (folder / "generation_config.json").exists():
+    if (folder / _GENERATION_FILE).exists():
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from error
+            raise CheckpointError(f"{folder / _GENERATION_FILE}: {error}") from error
     model.to(device).eval()
     return model
 

@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 from server.runtime import Runtime
 
 
-def _runtime(request: Request) -> Runtime:
+async def _runtime(request: Request) -> Runtime:  # FastAPI hands others to another thread
     runtime = request.app.state.runtime
     if not isinstance(runtime, Runtime):
         raise TypeError("the application was not made by create_app")

@@ -126,6 +126,8 @@ def _downmix(samples: NDArray[np.float32]) -> NDArray[np.float32]:
     peak = float(np.abs(samples).max(initial=0.0))
     if not peak <= _MAX_AMPLITUDE:  # also true of NaN
         raise AudioNotFiniteError("the audio holds NaN, infinite or absurdly large samples")
+    if samples.shape[1] == 1:
+        return samples[:, 0]
     return np.asarray(samples.mean(axis=1, dtype=np.float32))
 
 

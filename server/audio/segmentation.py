@@ -30,7 +30,7 @@ _SPEECH_BEGINS = 0.5
 _SPEECH_ENDS = 0.35
 _MIN_SPEECH_FRAMES = 3  # 96 ms; a click is no word
 _PAUSE_FRAMES = 16  # 0.5 s; a shorter silence stays within an excerpt
-_GLANCE_FRAMES = 32  # 1 s; looked at together where it matters only whether somebody speaks
+_GLANCE_FRAMES = 16  # 0.5 s; looked at together where it matters only whether somebody speaks
 _PADDING_FRAMES = 6  # 0.19 s of silence kept around speech, for what the detector hears late
 
 

@@ -35,10 +35,12 @@ class RepetitionDetector:
         """
         self._tokens.append(token)
         for n in range(1, min(_MAX_UNIT_TOKENS, len(self._tokens) - 1) + 1):
-            run = self._runs[n] + 1 if self._tokens[-1 - n] == token else 0
-            self._runs[n] = run
-            if run + n >= max(_MIN_COPIES * n, _MIN_LOOP_TOKENS):
-                return run
+            if self._tokens[-1 - n] != token:
+                self._runs[n] = 0
+                continue
+            self._runs[n] += 1
+            if self._runs[n] + n >= max(_MIN_COPIES * n, _MIN_LOOP_TOKENS):
+                return self._runs[n]
         return 0
 
 

@@ -51,7 +51,10 @@ def pack_linear_layers(module: nn.Module) -> None:
     Plain weights are let go one after another, but for those that others share, as an output layer
     may with the embeddings.
     """
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+    # No list of the linear layers themselves: it would keep their weights to the end.
+    parents = [each for each in module.modules() if type(each) is not nn.Linear]
+    for parent in parents:
+        for name in [name for name, _ in parent.named_children()]:
+            child = getattr(parent, name)
             if type(child) is nn.Linear and gains_from_packing(child.weight):
                 setattr(parent, name, PackedLinear(child))

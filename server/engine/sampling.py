@@ -6,6 +6,7 @@ Axis legend: R rows, V vocabulary.
 from __future__ import annotations
 
 from copy import copy
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,13 +117,12 @@ def choose_tokens(
     _forbid_ends(logits, samplers)
     # One transfer to the host for all rows; a NaN is the maximum of its row.
     best, ids = logits.max(-1)
-    plain = ids.tolist()
-    is_finite = best.isfinite().tolist()
+    plain, largest = ids.tolist(), best.tolist()
     beams = [row for row, sampler in enumerate(samplers) if sampler.decoding.num_beams > 1]
     candidates = _rank(logits, beams, samplers) if beams else {}
     chosen: list[Token | Candidates | None] = []
     for row, sampler in enumerate(samplers):
-        if not is_finite[row]:
+        if not isfinite(largest[row]):
             chosen.append(None)
         elif row in candidates:
             chosen.append(candidates[row])

@@ -90,6 +90,17 @@ def test_bfloat16_storage_is_read_back_bit_for_bit(tiny_checkpoint: Path, tmp_pa
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def test_a_model_keeps_no_file_mapped(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint)
+    assert next(model.parameters()).device.type == "cpu"
+    assert str(tiny_checkpoint) not in Path("/proc/self/maps").read_text()
+
+
+def test_an_llm_keeps_its_generation_config(folder: Path) -> None:
+    edit_json(folder / "llm" / "generation_config.json", max_new_tokens=77)
+    assert load_model(folder).llm.generation_config.max_new_tokens == 77
+
+
 def test_tied_weights_are_stored_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
     save_model(load_model(tiny_checkpoint), tmp_path, dtype=torch.float16)
     assert "lm_head.weight" not in load_file(tmp_path / "llm" / "model.safetensors")

@@ -142,7 +142,8 @@ def test_where_speech_need_not_be_placed_it_is_looked_for_no_longer_than_until_i
         (excerpt, _) = list(found)
     assert (excerpt.start, excerpt.speech_start, excerpt.speech_end) == (0, 0, len(samples))
     np.testing.assert_array_equal(excerpt.waveform, samples)
-    assert sum(looked_at) == 2 * segmentation._GLANCE_FRAMES
+    found_at = 40 + segmentation._MIN_SPEECH_FRAMES
+    assert found_at <= sum(looked_at) < found_at + segmentation._GLANCE_FRAMES
 
 
 @pytest.mark.parametrize("places_speech", [True, False])

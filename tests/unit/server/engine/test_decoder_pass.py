@@ -1,8 +1,11 @@
 """The written-out pass against the LLM's own; what it says is tested with the runner."""
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.engine.decoder_pass import LlamaPass, ModelPass, choose_pass
@@ -50,9 +53,12 @@ def test_the_written_out_pass_gives_the_logits_of_the_llm(family):
     torch.testing.assert_close(run(llm, lean), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(
+needs_bf16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 on this processor"
 )
+
+
+@needs_bf16
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
 def test_packed_layers_are_as_exact_as_plain_ones(family):
     llm = make_llm(FAMILIES[family])
@@ -65,6 +71,27 @@ def test_packed_layers_are_as_exact_as_plain_ones(family):
     for decoder_pass in (ModelPass(llm), choose_pass(llm)):
         packed = run(llm, decoder_pass)
         assert (packed - exact).norm() < 1.5 * (plain - exact).norm()
+
+
+class Watched(nn.Sequential):
+    """Two layers; notes how many weights there are whenever one of them is replaced."""
+
+    def __init__(self, weights, counts):
+        super().__init__(*(nn.Linear(16, 16, dtype=torch.bfloat16) for _ in range(2)))
+        weights += [weakref.ref(layer.weight) for layer in self]
+        self.note = lambda: counts.append(sum(weight() is not None for weight in weights))
+
+    def __setattr__(self, name, value):
+        if isinstance(value, PackedLinear):
+            self.note()
+        super().__setattr__(name, value)
+
+
+@needs_bf16
+def test_a_plain_weight_goes_before_the_next_is_packed():
+    weights, counts = [], []
+    pack_linear_layers(nn.Sequential(*(Watched(weights, counts) for _ in range(3))))
+    assert counts == [6, 5, 4, 3, 2, 1]
 
 
 def test_layers_that_gain_nothing_stay_plain():
