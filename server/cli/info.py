@@ -23,7 +23,7 @@ def info(
 
     from model.transcription import Transcriber
 
-    transcriber = Transcriber.from_pretrained(model, device)
+    transcriber = Transcriber.from_pretrained(model, device, "auto")
     config = transcriber.config
     parts = {
         name: sum(parameter.numel() for parameter in part.parameters())
