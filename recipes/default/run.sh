@@ -94,20 +94,17 @@ speechllm train connector --cache "$work/cache2" --cache "$work/cache_human" \
     --model "$work/connector1" --epochs 3 --learning-rate 6e-4 --stored-dtype fp32 \
     "${learning[@]}" --output "$work/connector2"
 
-# At last everything together, the encoder too, from audio: what people said nine times, the orders
-# five times, about two thirds of the synthetic speech, and lists of hotwords in some prompts.
-awk '/"text": ""/ || (/synthetic/ && /"language": "en"/ && NR % 10 < 7) ||
-    (/synthetic/ && /"language": "mn"/ && NR % 20 < 9)' "$prepared/train.jsonl" >"$work/train_joint.jsonl"
-together=(--manifest "$work/train_joint.jsonl")
-for _ in 1 2 3 4 5 6 7 8 9; do together+=(--manifest "$prepared/train_human.jsonl"); done
-for _ in 1 2 3 4 5; do together+=(--manifest "$prepared/picovoice2.jsonl"); done
-for _ in 1 2; do together+=(--manifest "$prepared/train_strings.jsonl"); done
-speechllm train connector "${together[@]}" --dev "$prepared/dev.jsonl" --model "$work/connector2" \
-    --train-encoder --encoder-lr-scale 0.15 --train-llm --llm-lr-scale 1.0 \
-    --teacher "$work/whisper2" --teacher-weight 0.5 --ctc-weight 0.3 --epochs 1 \
-    --learning-rate 4e-4 --warmup-steps 100 --max-batch-audio-s 80 --concatenation 0.3 \
-    --augment --noise-dir "$prepared/noise_train" --hotwords-share 0.1 --min-ctc-share 0.97 \
-    --compile-layers --stored-dtype fp16 --output "$work/connector"
+# A third time, with clips in near silence and other microphones, and lists of hotwords in some
+# prompts. From now on no answer ends before what the CTC head hears.
+augment --manifest "$prepared/train_human.jsonl" --plain-copies 0 --augmented-copies 2 --seed 17 \
+    --output "$work/cache3_human"
+augment --manifest "$prepared/picovoice2.jsonl" --plain-copies 0 --augmented-copies 1 --seed 18 \
+    --output "$work/cache3_orders"
+speechllm train connector --cache "$work/cache2" --cache "$work/cache2_human" \
+    --cache "$work/cache3_human" --cache "$work/cache2_orders" --cache "$work/cache3_orders" \
+    --cache "$work/cache2_strings" --model "$work/connector2" --epochs 1 --learning-rate 3e-4 \
+    "${learning[@]}" --concatenation 0.35 --hotwords-share 0.15 --min-ctc-share 0.97 \
+    --stored-dtype fp16 --output "$work/connector"
 
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default
