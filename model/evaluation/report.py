@@ -14,6 +14,7 @@ from model.evaluation.bootstrap import REPLICATES, SEED
 from model.evaluation.plots import plot_wer_by_duration, plot_wer_distribution
 from model.evaluation.results import write_results
 from model.evaluation.summary import group_by_language, summarise
+from model.transcription import pick_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +59,7 @@ class Evaluation:
     unlabelled: int
 
 
-def describe_environment(device: torch.device) -> dict[str, str]:
+def describe_environment(device: torch.device, dtype: str) -> dict[str, str]:
     """Name what may change a figure or a speed: versions, device, threads."""
     hardware = (
         torch.cuda.get_device_name(device)
@@ -68,6 +69,7 @@ def describe_environment(device: torch.device) -> dict[str, str]:
     packages = ("torch", "transformers", "jiwer", "whisper-normalizer")
     return {
         "device": f"{device.type} ({hardware})",
+        "dtype": str(pick_dtype(dtype, device)).removeprefix("torch."),
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
     }

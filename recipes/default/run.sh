@@ -91,20 +91,8 @@ augment --manifest "$prepared/train_strings.jsonl" --augmented-copies 2 --seed 9
     --output "$work/cache2_strings"
 speechllm train connector --cache "$work/cache2" --cache "$work/cache_human" \
     --cache "$work/cache2_human" --cache "$work/cache2_orders" --cache "$work/cache2_strings" \
-    --model "$work/connector1" --epochs 3 --learning-rate 6e-4 --stored-dtype fp32 \
-    "${learning[@]}" --output "$work/connector2"
-
-# A third time, with clips in near silence and other microphones, and lists of hotwords in some
-# prompts. From now on no answer ends before what the CTC head hears.
-augment --manifest "$prepared/train_human.jsonl" --plain-copies 0 --augmented-copies 2 --seed 17 \
-    --output "$work/cache3_human"
-augment --manifest "$prepared/picovoice2.jsonl" --plain-copies 0 --augmented-copies 1 --seed 18 \
-    --output "$work/cache3_orders"
-speechllm train connector --cache "$work/cache2" --cache "$work/cache2_human" \
-    --cache "$work/cache3_human" --cache "$work/cache2_orders" --cache "$work/cache3_orders" \
-    --cache "$work/cache2_strings" --model "$work/connector2" --epochs 1 --learning-rate 3e-4 \
-    "${learning[@]}" --concatenation 0.35 --hotwords-share 0.15 --min-ctc-share 0.97 \
-    --stored-dtype fp16 --output "$work/connector"
+    --model "$work/connector1" --epochs 3 --learning-rate 6e-4 --stored-dtype fp16 \
+    "${learning[@]}" --min-ctc-share 0.97 --output "$work/connector"
 
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default
@@ -114,7 +102,7 @@ cp -r "$work"/connector/{config,generation_config,processor_config,tokenizer,tok
 
 for split in kathleen common_voice_en_dev fsdd fsdd_strings jfk synthetic_mn non_speech; do
     speechllm evaluate --model "$product" --manifest "$prepared/test_$split.jsonl" --with-ctc \
-        --output "$work/evaluation/$split"
+        --dtype fp32 --output "$work/evaluation/$split"
     speechllm evaluate --model "$work/whisper2" --manifest "$prepared/test_$split.jsonl" \
-        --with-ctc --output "$work/evaluation-whisper/$split"
+        --with-ctc --dtype fp32 --output "$work/evaluation-whisper/$split"
 done

@@ -39,6 +39,7 @@ def evaluate(
         float, typer.Option(min=1.0, help="Most seconds of audio in a batch, padding included.")
     ] = 240.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, as it is served; bf16, fp16 or fp32.")] = "auto",
     language: Annotated[
         str | None,
         typer.Option(help="Language of utterances for which the manifest names none."),
@@ -59,7 +60,7 @@ def evaluate(
     try:
         clips, unlabelled = _read_clips(manifest, audio_root, language, limit)
         output.mkdir(parents=True, exist_ok=True)
-        transcriber = load_transcriber(model, device)
+        transcriber = load_transcriber(model, device, dtype)
     except (OSError, ValueError) as error:
         _fail(str(error), _BAD_USAGE)
     decoding = _transcribe_with_progress(
@@ -80,7 +81,7 @@ def evaluate(
             "language": language,
             "limit": limit,
         },
-        environment=describe_environment(transcriber.device),
+        environment=describe_environment(transcriber.device, dtype),
         decoding=decoding,
         utterances=[score_utterance(result) for result in decoding.results],
         unlabelled=unlabelled,
