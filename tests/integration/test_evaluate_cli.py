@@ -105,6 +105,7 @@ def test_batch_of_one_gives_the_same_texts_as_a_large_batch(
         outcome = command_line(
             "evaluate", "--model", tiny_checkpoint, "--manifest", manifest, "--device", "cpu",
             "--output", tmp_path / f"batch{size}", "--batch-size", size, "--limit", 5, "--with-ctc",
+            "--dtype", "fp32",
         )  # fmt: skip
         assert outcome.exit_code == 0, outcome.output
     files = [tmp_path / f"batch{size}" / "results.jsonl" for size in (1, 8)]
