@@ -103,6 +103,23 @@ class Advance:
 
 
 @dataclass(frozen=True, slots=True)
+class Listener:
+    """Who is told, on the event loop, of a transcription under way.
+
+    Attributes:
+        on_text: told of new and final text, in order; the pieces make up the whole text. An answer
+            that somebody listens to is not begun again when it loops.
+        on_advance: told how far a recording of several excerpts is done.
+    """
+
+    on_text: Callable[[str], None] | None = None
+    on_advance: Callable[[Advance], None] | None = None
+
+
+NOBODY = Listener()
+
+
+@dataclass(frozen=True, slots=True)
 class Recording:
     """A whole recording.
 

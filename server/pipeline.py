@@ -14,14 +14,12 @@ from server.audio.limits import check_header
 from server.audio.probe import probe
 from server.engine.interface import EngineRequest
 from server.errors import InvalidRequestError
-from server.longform import Deadline, RecordingTranscriber
+from server.longform import NOBODY, Deadline, RecordingTranscriber
 from server.transcription import Segment, StageTimings, Transcription, Word
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from server.audio.probe import Probe
-    from server.longform import Advance, Recording, Transcribed
+    from server.longform import Listener, Recording, Transcribed
     from server.options import TranscribeOptions
     from server.runtime import Runtime
     from server.transcription import Alignment
@@ -37,7 +35,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     request_id: str,
     started_s: float,
     options: TranscribeOptions,
-    on_event: Callable[[str | Advance], None] | None = None,
+    listener: Listener = NOBODY,
 ) -> Transcription:
     """Transcribe an uploaded file of any length that is allowed.
 
@@ -47,8 +45,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         request_id: names the request in logs.
         started_s: monotonic time at which the request began.
         options: what the client asks for.
-        on_event: told of each piece of text that is new and final, and of how far a long recording
-            is done, on the event loop.
+        listener: told of what is done.
 
     Raises:
         ServerError: which of its kinds says why.
@@ -78,8 +75,8 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
             conditioned=options.condition_on_previous_text,
             ticket=ticket,
             long_recordings=runtime.long_recordings,
-            on_text=on_event,
-            on_advance=on_event,
+            on_text=listener.on_text,
+            on_advance=listener.on_advance,
             claimed_s=header.duration_s,
         )
         decoding = runtime.decode_pool.stream(

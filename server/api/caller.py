@@ -14,13 +14,12 @@ from server.api.upload import discard_body, receive_upload
 from server.audio.probe import probe
 from server.errors import AudioError, DeadlineExceededError, ServerError
 from server.keys import ANONYMOUS
+from server.longform import NOBODY
 from server.pipeline import transcribe_upload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from server.api.upload import Upload
-    from server.longform import Advance
+    from server.longform import Listener
     from server.options import TranscribeOptions
     from server.runtime import Runtime
     from server.transcription import Transcription
@@ -64,15 +63,14 @@ class Caller:
         self,
         recording: bytes,
         options: TranscribeOptions,
-        on_event: Callable[[str | Advance], None] | None = None,
+        listener: Listener = NOBODY,
     ) -> Transcription:
         """Transcribe a recording within the key's limits, and note it in the request's log line.
 
         Args:
             recording: the file.
             options: what the client asks for.
-            on_event: told of each piece of text that is new and final, and of how far a long
-                recording is done.
+            listener: told of what is done.
 
         Raises:
             ServerError: which of its kinds says why.
@@ -80,7 +78,7 @@ class Caller:
         claimed_s = _claimed_s(recording)
         with self.runtime.key_limits.hold(self.owner, claimed_s) as charge:
             try:
-                transcription = await self._take_turn(claimed_s, recording, options, on_event)
+                transcription = await self._take_turn(claimed_s, recording, options, listener)
             except ServerError:
                 charge.measure(0.0)
                 raise
@@ -93,11 +91,11 @@ class Caller:
         claimed_s: float,
         recording: bytes,
         options: TranscribeOptions,
-        on_event: Callable[[str | Advance], None] | None,
+        listener: Listener,
     ) -> Transcription:
         """Wait behind other keys' requests, where there are keys, and transcribe."""
         if self.owner == ANONYMOUS:
-            return await self._run(recording, options, on_event)
+            return await self._run(recording, options, listener)
         timeout_s = self.runtime.settings.request_timeout_s
         began_s = time.monotonic()
         async with self.runtime.turnstile.pass_through(self.owner, claimed_s):
@@ -107,13 +105,13 @@ class Caller:
             # The server's own limit grows with the recording; only the client's is for all of it.
             if options.deadline_s is not None:
                 options = replace(options, deadline_s=options.deadline_s - waited_s)
-            return await self._run(recording, options, on_event)
+            return await self._run(recording, options, listener)
 
     async def _run(
         self,
         recording: bytes,
         options: TranscribeOptions,
-        on_event: Callable[[str | Advance], None] | None,
+        listener: Listener,
     ) -> Transcription:
         return await transcribe_upload(
             self.runtime,
@@ -121,7 +119,7 @@ class Caller:
             request_id=self.request.state.request_id,
             started_s=self.request.state.started_s,
             options=options,
-            on_event=on_event,
+            listener=listener,
         )
 
     def _note(self, transcription: Transcription) -> None:

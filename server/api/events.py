@@ -1,6 +1,7 @@
-"""Transcripts as server-sent events, in OpenAI's form: deltas, then the whole, then `[DONE]`.
+"""Transcripts as server-sent events: what is told on the way, then the whole, then `[DONE]`.
 
-`/transcribe` also tells how far a long recording is done, which OpenAI's API has no event for.
+Text has OpenAI's form, deltas and their whole. `/transcribe` also tells how far a long recording is
+done, which OpenAI's API has no event for.
 """
 
 from __future__ import annotations
@@ -98,23 +99,19 @@ class EventStreamResponse(Response):
         request: Request,
         stream: TranscriptStream,
         done: Callable[[Transcription], dict[str, Any]],
-        *,
-        tells_progress: bool,
     ) -> None:
         """Prepare.
 
         Args:
             request: for the log and the request's id in error frames.
             stream: that has begun.
-            done: makes the last event's fields, besides its type.
-            tells_progress: of long recordings, too.
+            done: makes the last event.
         """
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
         self._request = request
         self._stream = stream
         self._done = done
-        self._tells_progress = tells_progress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
@@ -142,7 +139,7 @@ class EventStreamResponse(Response):
         async for told in self._stream.told():
             if isinstance(told, str):
                 yield _json({"type": "transcript.text.delta", "delta": told})
-            elif self._tells_progress:
+            else:
                 yield _json(_progress(told))
         try:
             transcription = await self._stream.transcription()
@@ -152,7 +149,7 @@ class EventStreamResponse(Response):
         except Exception:  # noqa: BLE001 - logged there; the client must not take it for the end
             yield _json(unexpected_error_body(self._request))
             return
-        yield _json({"type": "transcript.text.done", **self._done(transcription)})
+        yield _json(self._done(transcription))
         yield "[DONE]"
 
 
@@ -160,8 +157,6 @@ async def stream_events(
     request: Request,
     work: Callable[[Callable[[_Told], None]], Coroutine[Any, Any, Transcription]],
     done: Callable[[Transcription], dict[str, Any]],
-    *,
-    tells_progress: bool = False,
 ) -> EventStreamResponse:
     """Start `work` and answer with its events once there is one.
 
@@ -175,7 +170,7 @@ async def stream_events(
     except BaseException:
         await stream.cancel()
         raise
-    return EventStreamResponse(request, stream, done, tells_progress=tells_progress)
+    return EventStreamResponse(request, stream, done)
 
 
 def _progress(advance: Advance) -> dict[str, Any]:

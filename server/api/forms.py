@@ -106,6 +106,13 @@ class TranscribeForm(BaseModel):
         "`transcript.progress`, as its pieces are done.",
         examples=[False],
     )
+    progress: bool = Field(
+        False,
+        description="Answer with server-sent events: for a long recording `transcript.progress`, "
+        "as its pieces are done, and last `transcript.done`, whose `body` is the answer as it "
+        "would have come without them.",
+        examples=[False],
+    )
     deadline_ms: int | None = Field(
         None,
         ge=1,
@@ -129,6 +136,8 @@ class TranscribeForm(BaseModel):
         check_languages([self.language] if self.language else [], languages)
         if self.stream and self.response_format != "json":
             raise _streams_json_only()
+        if self.stream and self.progress:
+            raise InvalidRequestError("stream tells the progress already", param="progress")
         if self.logprobs and self.response_format != "json":
             raise InvalidRequestError("logprobs go with response_format json", param="logprobs")
         by_format = {"srt": "word", "vtt": "word", "tsv": "word", "verbose_json": "segment"}

@@ -18,9 +18,11 @@ from server.api.forms import OpenAIForm, fold_chunking, parse_form
 from server.api.schemas import ModelBody, ModelListBody, OpenAIBody, VerboseBody
 from server.api.upload import discard_body
 from server.errors import InvalidRequestError, TaskUnsupportedError
+from server.longform import Listener
 
 if TYPE_CHECKING:
     from server.runtime import Runtime
+    from server.transcription import Transcription
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -60,8 +62,8 @@ async def create_transcription(request: Request, caller: CallerDependency) -> Re
     if form.stream:
         return await events.stream_events(
             request,
-            partial(caller.transcribe, recording, options),
-            done=partial(answers.openai_json, runtime, logprobs=form.logprobs),
+            lambda tell: caller.transcribe(recording, options, Listener(on_text=tell)),
+            done=partial(_whole_text, runtime, form),
         )
     transcription = await run_while_connected(request, caller.transcribe(recording, options))
     if form.response_format in answers.FILE_FORMATS:
@@ -76,6 +78,11 @@ async def create_transcription(request: Request, caller: CallerDependency) -> Re
     else:
         body = answers.openai_json(runtime, transcription, logprobs=form.logprobs)
     return JSONResponse(body)
+
+
+def _whole_text(runtime: Runtime, form: OpenAIForm, transcription: Transcription) -> dict[str, Any]:
+    body = answers.openai_json(runtime, transcription, logprobs=form.logprobs)
+    return {"type": "transcript.text.done", **body}
 
 
 @router.post(

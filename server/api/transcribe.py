@@ -17,6 +17,7 @@ from server.api.errors import server_error_body
 from server.api.forms import TranscribeForm, parse_form
 from server.api.schemas import ResultsBody, TranscriptionBody, VerboseBody
 from server.errors import InvalidRequestError, ServerError
+from server.longform import Listener
 
 if TYPE_CHECKING:
     from server.api.upload import Upload
@@ -68,14 +69,17 @@ async def transcribe(request: Request, caller: CallerDependency) -> Response:
     if form.stream:
         return await events.stream_events(
             request,
-            partial(caller.transcribe, recording, options),
-            done=partial(_last_event, caller.runtime, form),
-            tells_progress=True,
+            lambda tell: caller.transcribe(recording, options, Listener(tell, tell)),
+            done=partial(_whole_text, caller.runtime, form),
+        )
+    if form.progress:
+        return await events.stream_events(
+            request,
+            lambda tell: caller.transcribe(recording, options, Listener(on_advance=tell)),
+            done=partial(_whole_answer, caller.runtime, form),
         )
     transcription = await run_while_connected(request, caller.transcribe(recording, options))
-    if form.response_format in answers.FILE_FORMATS:
-        return answers.file_response(transcription, form.response_format)
-    return JSONResponse(json_body(caller.runtime, form, transcription))
+    return _answer(caller.runtime, form, transcription)
 
 
 def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
@@ -83,6 +87,12 @@ def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
     in_form = {name for name, _ in upload.fields}
     query = request.query_params.multi_items()
     return [*upload.fields, *(field for field in query if field[0] not in in_form)]
+
+
+def _answer(runtime: Runtime, form: TranscribeForm, transcription: Transcription) -> Response:
+    if form.response_format in answers.FILE_FORMATS:
+        return answers.file_response(transcription, form.response_format)
+    return JSONResponse(json_body(runtime, form, transcription))
 
 
 def json_body(
@@ -102,14 +112,23 @@ def json_body(
     )
 
 
-def _last_event(
+def _whole_text(
     runtime: Runtime, form: TranscribeForm, transcription: Transcription
 ) -> dict[str, Any]:
-    """OpenAI's fields, and whatever the plain answer has besides."""
+    """OpenAI's last event, and whatever the plain answer has besides."""
     return {
+        "type": "transcript.text.done",
         **answers.openai_json(runtime, transcription, logprobs=False),
         **json_body(runtime, form, transcription),
     }
+
+
+def _whole_answer(
+    runtime: Runtime, form: TranscribeForm, transcription: Transcription
+) -> dict[str, Any]:
+    """The plain answer's body, whatever its format, in an event."""
+    answer = _answer(runtime, form, transcription)
+    return {"type": "transcript.done", "body": bytes(answer.body).decode()}
 
 
 def _check_many(form: TranscribeForm) -> None:
@@ -118,8 +137,9 @@ def _check_many(form: TranscribeForm) -> None:
     Raises:
         InvalidRequestError: names the field.
     """
-    if form.stream:
-        raise InvalidRequestError("stream takes one file", param="stream")
+    for name, is_asked in (("stream", form.stream), ("progress", form.progress)):
+        if is_asked:
+            raise InvalidRequestError(f"{name} takes one file", param=name)
     if form.response_format not in {"json", "verbose_json"}:
         raise InvalidRequestError(
             "several files are answered in json or verbose_json", param="response_format"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path  # noqa: TC003 - Typer reads annotations at run time
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Self
 
 import typer
 from tqdm import tqdm
@@ -164,15 +165,16 @@ async def _transcribe_all(
         for recording in waiting:
             try:
                 data = await asyncio.to_thread(_read, recording)
-                transcripts.write(recording, await transcribe_file(recording.name, data))
+                on_advance = partial(bar.advance, recording)
+                text = await transcribe_file(recording.name, data, on_advance)
+                transcripts.write(recording, text)
             except TranscriptionFailedError as error:
                 failures += 1
                 transcripts.fail(recording, error)
                 tqdm.write(f"error: {recording.name}: {error}", file=sys.stderr)
-            bar.update()
+            bar.end(recording)
 
-    # disable=None: no bar where nobody looks at one.
-    with tqdm(total=len(recordings), unit="file", file=sys.stderr, disable=None) as bar:
+    with _Bar(len(recordings)) as bar:
         async with transcriber as transcribe_file:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -181,6 +183,39 @@ async def _transcribe_all(
             except ExceptionGroup as errors:  # of plain errors: no task starts others
                 raise errors.exceptions[0] from errors
     return failures
+
+
+class _Bar:
+    """Draws on standard error how many recordings are done; long ones count as far as they are."""
+
+    def __init__(self, recordings: int) -> None:
+        self._done: dict[Recording, float] = {}  # of each that is under way, 0 to 1
+        self._bar = tqdm(
+            total=recordings,
+            unit="file",
+            file=sys.stderr,
+            disable=None,  # no bar where nobody looks at one
+            bar_format="{l_bar}{bar}| {n:.2f}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def advance(self, recording: Recording, processed_s: float, total_s: float | None) -> None:
+        self._bar.set_postfix_str(f"{recording.name}: {processed_s:.0f} s", refresh=total_s is None)
+        if total_s is not None:
+            self._move(recording, min(1.0, processed_s / total_s))
+
+    def end(self, recording: Recording) -> None:
+        self._move(recording, 1.0)
+        del self._done[recording]
+
+    def _move(self, recording: Recording, done: float) -> None:
+        self._bar.update(done - self._done.get(recording, 0.0))
+        self._done[recording] = done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def _read(recording: Recording) -> bytes:

@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from server.api.forms import TranscribeForm
     from server.client import AsyncClient, Options, ResponseFormat
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _NO_LIMIT_S = 30 * 24 * 3600.0  # one's own files, in one's own time
 _NO_LIMIT = 10**6  # `jobs` bounds what is under way
 _PATIENT_RETRIES = 20
+
+OnAdvance: TypeAlias = "Callable[[float, float | None], None]"
+"""Told how many seconds of a long recording are done, and how many there are, if that is known."""
 
 
 class TranscriptionFailedError(Exception):
@@ -44,7 +47,7 @@ class TranscriberUnavailableError(Exception):
 class FileTranscriber(Protocol):
     """Transcribes the bytes of one recording; several calls may run at once."""
 
-    async def __call__(self, name: str, data: bytes, /) -> str:
+    async def __call__(self, name: str, data: bytes, on_advance: OnAdvance, /) -> str:
         """Return the transcript in the format that was asked for.
 
         Raises:
@@ -112,10 +115,11 @@ class _InProcess:
         self._form = form
         self._options = form.options(runtime.engine.languages)
 
-    async def __call__(self, name: str, data: bytes, /) -> str:
+    async def __call__(self, name: str, data: bytes, on_advance: OnAdvance, /) -> str:
         from server.api.answers import FILE_FORMATS
         from server.api.transcribe import json_body
         from server.errors import ServerError
+        from server.longform import Listener
         from server.pipeline import transcribe_upload
 
         try:
@@ -125,6 +129,9 @@ class _InProcess:
                 request_id=name,
                 started_s=time.monotonic(),
                 options=self._options,
+                listener=Listener(
+                    on_advance=lambda each: on_advance(each.processed_s, each.total_s)
+                ),
             )
         except ServerError as error:
             raise _failure(error) from error
@@ -177,12 +184,17 @@ class _AtServer:
         self._form = form
         self._options = options
 
-    async def __call__(self, name: str, data: bytes, /) -> str:
+    async def __call__(self, name: str, data: bytes, on_advance: OnAdvance, /) -> str:
         from server.client import ApiError, ClientError
 
         del name
         try:
-            return await self._client.transcribe_to(self._form, data, **self._options)
+            return await self._client.transcribe_to(
+                self._form,
+                data,
+                on_progress=lambda each: on_advance(each.processed_s, each.duration_s),
+                **self._options,
+            )
         except ApiError as error:
             if error.param not in {None, "file"}:
                 raise BadOptionError(error.message) from error

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 
 from server.client import exchange
+from server.client.errors import UnexpectedAnswerError
+from server.client.exchange import Answer
+from server.client.results import Progress, transcription_from
 from server.client.retry import Retry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
     from types import TracebackType
     from typing import Unpack
 
     from server.client.exchange import Audio, Options, ResponseFormat
-    from server.client.results import StreamEvent, Transcription
+    from server.client.results import StreamEvent, TextDelta, Transcription
+
+_Whole = TypeVar("_Whole")
 
 
 class AsyncClient:
@@ -35,19 +41,33 @@ class AsyncClient:
         self._http = httpx.AsyncClient(**exchange.http_options(base_url, api_key, timeout_s))
         self._retry = retry or Retry()
 
-    async def transcribe(self, audio: Audio, **options: Unpack[Options]) -> Transcription:
-        """Turn a recording into text."""
+    async def transcribe(
+        self,
+        audio: Audio,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
+    ) -> Transcription:
+        """Turn a recording into text; `on_progress` is told how far a long one is done."""
         recording = await asyncio.to_thread(exchange.read_audio, audio)
         request = exchange.transcribe_request(recording, options)
-        return exchange.transcription_of(await self._send(request))
+        return exchange.transcription_of(await self._answer(request, on_progress))
 
     async def transcribe_to(
-        self, response_format: ResponseFormat, audio: Audio, **options: Unpack[Options]
+        self,
+        response_format: ResponseFormat,
+        audio: Audio,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
     ) -> str:
-        """Return a transcript as the server writes it in one of its formats, such as `srt`."""
+        """Return a transcript as the server writes it in one of its formats, such as `srt`.
+
+        As in `transcribe`, `on_progress` is told how far a long recording is done.
+        """
         recording = await asyncio.to_thread(exchange.read_audio, audio)
         request = exchange.transcribe_request(recording, options, response_format=response_format)
-        return (await self._send(request)).text
+        return (await self._answer(request, on_progress)).body
 
     async def stream(
         self, audio: Audio, **options: Unpack[Options]
@@ -60,9 +80,36 @@ class AsyncClient:
         """
         recording = await asyncio.to_thread(exchange.read_audio, audio)
         request = exchange.transcribe_request(recording, options, stream="true")
+        events = self._events(request, transcription_from)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
+
+    async def _answer(
+        self, request: dict[str, Any], on_progress: Callable[[Progress], None] | None
+    ) -> Answer:
+        """Ask for a transcript, and meanwhile for its progress if somebody wants to know."""
+        if on_progress is None:
+            return exchange.answer_of(await self._send(request))
+        request["data"]["progress"] = "true"
+        answer = None
+        async with contextlib.aclosing(self._events(request, exchange.answer_from)) as events:
+            async for event in events:
+                if isinstance(event, Progress):
+                    on_progress(event)
+                elif isinstance(event, Answer):
+                    answer = event
+        if answer is None:
+            raise UnexpectedAnswerError("the stream ended without an answer")
+        return answer
+
+    async def _events(
+        self, request: dict[str, Any], whole: Callable[[dict[str, Any], str | None], _Whole]
+    ) -> AsyncGenerator[TextDelta | Progress | _Whole, None]:
+        """Yield a stream's events; `whole` reads the last."""
         response = await self._send(request, stream=True)
         try:
-            reader = exchange.EventReader(response)
+            reader = exchange.EventReader(response, whole)
             async for chunk in response.aiter_bytes():
                 for event in reader.feed(chunk):
                     yield event

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 
 from server.client import exchange
+from server.client.errors import UnexpectedAnswerError
+from server.client.exchange import Answer
+from server.client.results import Progress, transcription_from
 from server.client.retry import Retry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator, Iterator
     from types import TracebackType
     from typing import Unpack
 
     from server.client.exchange import Audio, Options, ResponseFormat
-    from server.client.results import StreamEvent, Transcription
+    from server.client.results import StreamEvent, TextDelta, Transcription
+
+_Whole = TypeVar("_Whole")
 
 
 class Client:
@@ -46,18 +52,33 @@ class Client:
         self._http = httpx.Client(**exchange.http_options(base_url, api_key, timeout_s))
         self._retry = retry or Retry()
 
-    def transcribe(self, audio: Audio, **options: Unpack[Options]) -> Transcription:
-        """Turn a recording into text."""
-        request = exchange.transcribe_request(exchange.read_audio(audio), options)
-        return exchange.transcription_of(self._send(request))
+    def transcribe(
+        self,
+        audio: Audio,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
+    ) -> Transcription:
+        """Turn a recording into text; `on_progress` is told how far a long one is done."""
+        recording = exchange.read_audio(audio)
+        request = exchange.transcribe_request(recording, options)
+        return exchange.transcription_of(self._answer(request, on_progress))
 
     def transcribe_to(
-        self, response_format: ResponseFormat, audio: Audio, **options: Unpack[Options]
+        self,
+        response_format: ResponseFormat,
+        audio: Audio,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
     ) -> str:
-        """Return a transcript as the server writes it in one of its formats, such as `srt`."""
+        """Return a transcript as the server writes it in one of its formats, such as `srt`.
+
+        As in `transcribe`, `on_progress` is told how far a long recording is done.
+        """
         recording = exchange.read_audio(audio)
         request = exchange.transcribe_request(recording, options, response_format=response_format)
-        return self._send(request).text
+        return (self._answer(request, on_progress)).body
 
     def stream(self, audio: Audio, **options: Unpack[Options]) -> Iterator[StreamEvent]:
         """Yield pieces of text as they come, and the whole transcription last.
@@ -68,9 +89,33 @@ class Client:
         """
         recording = exchange.read_audio(audio)
         request = exchange.transcribe_request(recording, options, stream="true")
+        yield from self._events(request, transcription_from)
+
+    def _answer(
+        self, request: dict[str, Any], on_progress: Callable[[Progress], None] | None
+    ) -> Answer:
+        """Ask for a transcript, and meanwhile for its progress if somebody wants to know."""
+        if on_progress is None:
+            return exchange.answer_of(self._send(request))
+        request["data"]["progress"] = "true"
+        answer = None
+        with contextlib.closing(self._events(request, exchange.answer_from)) as events:
+            for event in events:
+                if isinstance(event, Progress):
+                    on_progress(event)
+                elif isinstance(event, Answer):
+                    answer = event
+        if answer is None:
+            raise UnexpectedAnswerError("the stream ended without an answer")
+        return answer
+
+    def _events(
+        self, request: dict[str, Any], whole: Callable[[dict[str, Any], str | None], _Whole]
+    ) -> Generator[TextDelta | Progress | _Whole, None, None]:
+        """Yield a stream's events; `whole` reads the last."""
         response = self._send(request, stream=True)
         try:
-            reader = exchange.EventReader(response)
+            reader = exchange.EventReader(response, whole)
             for chunk in response.iter_bytes():
                 yield from reader.feed(chunk)
             reader.end()

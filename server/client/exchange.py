@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, TypedDict, TypeVar
 
 import httpx
 
@@ -23,14 +24,13 @@ from server.client.errors import (
 )
 from server.client.results import (
     Progress,
-    StreamEvent,
     TextDelta,
     Transcription,
     transcription_from,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 API_KEY_VARIABLE = "SPEECHLLM_API_KEY"
 """Environment variable that holds the key of a client which is given none."""
@@ -40,6 +40,8 @@ Audio = bytes | str | os.PathLike[str] | BinaryIO
 
 ResponseFormat = Literal["json", "verbose_json", "text", "srt", "vtt", "tsv"]
 Timestamps = Literal["none", "segment", "word"]
+
+_Whole = TypeVar("_Whole")
 
 _CONNECT_TIMEOUT_S = 10.0
 _UNAUTHORIZED, _TOO_MANY, _UNAVAILABLE = 401, 429, 503
@@ -59,6 +61,14 @@ class Options(TypedDict, total=False):
     logprobs: bool
     deadline_ms: int
     vad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The body of `POST /transcribe`'s answer, and what names the request in the server's log."""
+
+    body: str
+    request_id: str | None
 
 
 def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
@@ -160,28 +170,45 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     return float(value) if value.isascii() and value.isdecimal() else None
 
 
-def transcription_of(response: httpx.Response) -> Transcription:
-    """Read `POST /transcribe`'s `json`.
-
-    Raises:
-        UnexpectedAnswerError: it is something else.
-    """
-    return transcription_from(json_of(response), response.headers.get("X-Request-ID"))
+def answer_of(response: httpx.Response) -> Answer:
+    """Take an answer that came at once."""
+    return Answer(response.text, response.headers.get("X-Request-ID"))
 
 
-def json_of(response: httpx.Response) -> dict[str, Any]:
-    """Read an answer's JSON object.
+def answer_from(event: dict[str, Any], request_id: str | None) -> Answer:
+    """Take an answer that came behind events of progress.
 
     Raises:
         UnexpectedAnswerError: it is something else.
     """
     try:
-        body = response.json()
+        return Answer(event["body"], request_id)
+    except KeyError as error:
+        raise UnexpectedAnswerError("the last event holds no answer") from error
+
+
+def transcription_of(answer: Answer) -> Transcription:
+    """Read `POST /transcribe`'s `json`.
+
+    Raises:
+        UnexpectedAnswerError: it is something else.
+    """
+    return transcription_from(json_of(answer.body), answer.request_id)
+
+
+def json_of(body: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UnexpectedAnswerError: it is something else.
+    """
+    try:
+        value = json.loads(body)
     except ValueError as error:
         raise UnexpectedAnswerError("the answer is no JSON") from error
-    if not isinstance(body, dict):
+    if not isinstance(value, dict):
         raise UnexpectedAnswerError("the answer is no JSON object")
-    return body
+    return value
 
 
 def model_names(response: httpx.Response) -> list[str]:
@@ -191,25 +218,33 @@ def model_names(response: httpx.Response) -> list[str]:
         UnexpectedAnswerError: it is something else.
     """
     try:
-        return [str(model["id"]) for model in json_of(response)["data"]]
+        return [str(model["id"]) for model in json_of(response.text)["data"]]
     except (KeyError, TypeError) as error:
         raise UnexpectedAnswerError("the answer lists no models") from error
 
 
-class EventReader:
+class EventReader(Generic[_Whole]):
     """Server-sent events from bytes as they come.
 
     Lines end with line feeds only: the text between may hold U+2028 and its like, at which
     `str.splitlines`, and so httpx's `iter_lines`, would cut it.
     """
 
-    def __init__(self, response: httpx.Response) -> None:
-        """Begin; `response` is the answer, for what its headers say."""
+    def __init__(
+        self, response: httpx.Response, whole: Callable[[dict[str, Any], str | None], _Whole]
+    ) -> None:
+        """Begin.
+
+        Args:
+            response: the answer, for what its headers say.
+            whole: reads the last event; it is given the request's id, too.
+        """
         self._response = response
+        self._whole = whole
         self._rest = b""
         self._has_ended = False
 
-    def feed(self, chunk: bytes) -> Iterator[StreamEvent]:
+    def feed(self, chunk: bytes) -> Iterator[TextDelta | Progress | _Whole]:
         """Take bytes and yield the events that they complete.
 
         Raises:
@@ -235,7 +270,7 @@ class EventReader:
         if not self._has_ended:
             raise ConnectionFailedError("the stream broke off before its end")
 
-    def _event(self, data: bytes) -> StreamEvent:
+    def _event(self, data: bytes) -> TextDelta | Progress | _Whole:
         try:
             event = json.loads(data)
             if "error" in event:
@@ -246,7 +281,7 @@ class EventReader:
                 return Progress(event["processed"], event["duration"])
         except (ValueError, KeyError, TypeError) as error:
             raise UnexpectedAnswerError("the answer is no stream of events") from error
-        return transcription_from(event, self._response.headers.get("X-Request-ID"))
+        return self._whole(event, self._response.headers.get("X-Request-ID"))
 
 
 def _version() -> str:

@@ -1,7 +1,13 @@
 """The client, and the command line through it, against a real server over real sockets."""
 
 import asyncio
+import contextlib
 import json
+import os
+import re
+import subprocess
+import sys
+import termios
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +23,11 @@ from server.client import (
     Client,
     ConnectionFailedError,
     OverloadedError,
+    Progress,
     RequestRefusedError,
     RequestTimeoutError,
     Retry,
+    ServerFailedError,
     TextDelta,
     UnexpectedAnswerError,
 )
@@ -101,6 +109,37 @@ def test_the_asynchronous_client_says_the_same(url, client):
     assert len(models) == 1
 
 
+@pytest.fixture(scope="module")
+def long_recording():
+    return encode(speechlike(45.0))  # longer than the model takes in one piece
+
+
+def test_of_a_long_recording_its_progress_is_told_and_the_answer_is_the_same(
+    client, url, long_recording
+):
+    told = []
+    answer = client.transcribe(long_recording, on_progress=told.append, timestamps="segment")
+    expected = client.transcribe(long_recording, timestamps="segment")
+    assert (answer.text, answer.segments) == (expected.text, expected.segments)
+    assert answer.request_id
+    assert len(told) > 1
+    assert all(isinstance(each, Progress) and each.duration_s == 45.0 for each in told)
+    assert told == sorted(told, key=lambda each: each.processed_s)
+
+    async def ask():
+        async with AsyncClient(url, api_key=KEY) as other:
+            return await other.transcribe_to("srt", long_recording, on_progress=again.append)
+
+    again = []
+    assert asyncio.run(ask()) == client.transcribe_to("srt", long_recording)
+    assert again == told
+
+
+def test_of_a_short_recording_there_is_no_progress(client):
+    answer = client.transcribe_to("text", RECORDING, on_progress=pytest.fail)
+    assert answer == client.transcribe_to("text", RECORDING)
+
+
 def test_refusals_say_what_the_server_says(client):
     with pytest.raises(RequestRefusedError, match="not audio") as refusal:
         client.transcribe(b"Dear Sir or Madam, " * 20)
@@ -108,6 +147,8 @@ def test_refusals_say_what_the_server_says(client):
     assert (error.status, error.code, error.param) == (415, "audio_unrecognised", "file")
     with pytest.raises(RequestRefusedError, match="not audio"):
         next(client.stream(b"Dear Sir or Madam, " * 20))
+    with pytest.raises(RequestRefusedError, match="not audio"):
+        client.transcribe(b"Dear Sir or Madam, " * 20, on_progress=pytest.fail)
     with pytest.raises(RequestRefusedError) as refusal:
         client.transcribe(RECORDING, language="fr")
     assert refusal.value.param == "language"
@@ -186,6 +227,45 @@ def test_the_asynchronous_client_tries_again_too():
     assert len(seen) == 2
 
 
+def events(*values):
+    frames = [f"data: {value if isinstance(value, str) else json.dumps(value)}" for value in values]
+    return 200, {}, "".join(f"{frame}\n\n" for frame in frames).encode()
+
+
+PROGRESS = {"type": "transcript.progress", "processed": 30.0, "duration": None}
+DONE = {"type": "transcript.done", "body": json.dumps(ANSWER)}
+
+
+def test_with_progress_refusals_for_now_are_tried_again_too():
+    async def ask(url):
+        async with AsyncClient(url) as client:
+            return await client.transcribe(RECORDING, on_progress=told.append)
+
+    answers = [refusal(429, **{"Retry-After": "0"}), refusal(503, **{"Retry-After": "0"})]
+    told = []
+    success = events(PROGRESS, DONE, "[DONE]")
+    with answering(*answers, success, *answers, success) as (url, seen), Client(url) as client:
+        assert client.transcribe(RECORDING, on_progress=told.append).text == "Yes."
+        assert asyncio.run(ask(url)).text == "Yes."
+    assert told == [Progress(30.0, None)] * 2
+    assert len(seen) == 6
+    assert all(RECORDING in body for body in seen)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (events(PROGRESS, DONE), ConnectionFailedError),
+        (events(PROGRESS, "[DONE]"), UnexpectedAnswerError),
+        (events(PROGRESS, {"type": "transcript.done"}, "[DONE]"), UnexpectedAnswerError),
+        (events(PROGRESS, json.loads(refusal(500)[2])), ServerFailedError),
+    ],
+)
+def test_with_progress_half_an_answer_is_none(answer, error):
+    with answering(answer) as (url, _), Client(url) as client, pytest.raises(error):
+        client.transcribe(RECORDING, on_progress=lambda _: None)
+
+
 def test_retries_have_an_end():
     answers = [refusal(429, **{"Retry-After": "0"})] * 3
     with (
@@ -214,9 +294,11 @@ def test_another_program_at_the_address_is_told():
                 client.transcribe(RECORDING)
 
 
-def test_the_command_line_says_in_process_what_the_server_says(client, tiny_checkpoint, tmp_path):
+def test_the_command_line_says_in_process_what_the_server_says(
+    client, tiny_checkpoint, tmp_path, long_recording
+):
     path = tmp_path / "speech.wav"
-    path.write_bytes(encode(speechlike(45.0)))  # longer than the model takes in one piece
+    path.write_bytes(long_recording)
     arguments = ["transcribe", path, "--model", tiny_checkpoint, "--device", "cpu"]
     ended = CliRunner().invoke(app, [*map(str, arguments), "--format", "srt"])
     assert ended.exit_code == 0, ended.output
@@ -242,3 +324,29 @@ def test_the_command_line_transcribes_at_a_server(url, tmp_path):
     assert lines["c.wav"]["error"]["code"] == "audio_unrecognised"
     refused = CliRunner().invoke(app, ["transcribe", str(tmp_path), "--server", url])
     assert (refused.exit_code, "API key" in refused.stderr) == (1, True)
+
+
+def test_the_command_lines_bar_moves_within_a_long_recording(url, client, long_recording, tmp_path):
+    path = tmp_path / "speech.wav"
+    path.write_bytes(long_recording)
+    terminal, its_end = os.openpty()
+    termios.tcsetwinsize(its_end, (24, 100))
+    with subprocess.Popen(
+        [sys.executable, "-m", "server.cli", "transcribe", path, "--server", url],
+        stdout=subprocess.PIPE,
+        stderr=its_end,
+        env=os.environ | {"SPEECHLLM_API_KEY": KEY},
+        text=True,
+    ) as process:
+        os.close(its_end)
+        drawn = b""
+        with contextlib.suppress(OSError):  # Linux' word for the end of a terminal
+            while chunk := os.read(terminal, 4096):
+                drawn += chunk
+        assert process.stdout.read() == client.transcribe_to("text", path)
+    os.close(terminal)
+    assert process.returncode == 0
+    counts = [float(count) for count in re.findall(r"([\d.]+)/1 ", drawn.decode())]
+    assert counts == sorted(counts)
+    assert counts[-1] == 1.0
+    assert any(0 < count < 1 for count in counts)

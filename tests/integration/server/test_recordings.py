@@ -12,7 +12,7 @@ import soundfile
 from server.app import create_app
 from server.audio.clip import Excerpt
 from server.audio.segmentation import excerpts
-from server.longform import Advance
+from server.longform import NOBODY, Advance, Listener
 from server.options import TranscribeOptions
 from server.pipeline import transcribe_upload
 from server.settings import Settings
@@ -67,10 +67,10 @@ def joined(sentences, seconds):
     return np.pad(waveform, (0, round(seconds * 16_000) - len(waveform))), said
 
 
-async def transcribe(runtime, waveform, on_event=None, **options):
+async def transcribe(runtime, waveform, listener=NOBODY, **options):
     return await transcribe_upload(
         runtime, encode(waveform, form="flac"), request_id="test", started_s=0.0,
-        options=TranscribeOptions(**options), on_event=on_event,
+        options=TranscribeOptions(**options), listener=listener,
     )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ def cut(waveform, *, vad):
 async def test_a_minute_and_more_is_what_its_pieces_say_in_order(runtime, sentences, seconds, vad):
     waveform, said = joined(sentences, seconds)
     told = []
-    found = await transcribe(runtime, waveform, told.append, timestamps="word", vad=vad)
+    listener = Listener(told.append, told.append)
+    found = await transcribe(runtime, waveform, listener, timestamps="word", vad=vad)
     assert found.duration_s == seconds
     texts = [each for each in told if isinstance(each, str)]
     assert found.text == " ".join(segment.text for segment in found.segments) == "".join(texts)

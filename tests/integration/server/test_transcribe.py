@@ -186,7 +186,9 @@ async def test_several_files_are_answered_in_order_each_for_itself(client, plain
     assert third["duration"] == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("fields", [{"stream": "true"}, {"response_format": "srt"}])
+@pytest.mark.parametrize(
+    "fields", [{"stream": "true"}, {"progress": "true"}, {"response_format": "srt"}]
+)
 async def test_several_files_are_answered_in_json_only(client, fields):
     files = [("file", ("a", CLIP)), ("file", ("b", CLIP))]
     response = await client.post("/transcribe", files=files, data=fields)
@@ -300,7 +302,8 @@ class ScriptedEngine:
     async def submit(self, request):
         self.submitted.append(request.id)
         for piece in self.pieces:
-            request.on_piece(Piece(piece, Token(5), None))
+            if request.on_piece is not None:
+                request.on_piece(Piece(piece, Token(5), None))
         self.told.set()
         if isinstance(self.end, Exception):
             raise self.end
@@ -366,6 +369,52 @@ async def test_a_stream_of_a_long_recording_says_how_far_it_is():
         )
         kinds = {json.loads(frame)["type"] for frame in frames_of(response.text)[:-1]}
         assert kinds == {"transcript.text.delta", "transcript.text.done"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"response_format": "srt"},
+        {"response_format": "verbose_json"},
+        {"response_format": "text", "num_beams": "2"},  # which no stream of text takes
+        {"n_best": "2", "timestamps": "word"},
+    ],
+)
+async def test_behind_its_progress_comes_the_plain_answer_whatever_was_asked(client, fields):
+    recording = encode(speechlike(29.0))
+    expected = await ask(client, recording, **fields)
+    response = await ask(client, recording, progress="true", **fields)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *progress, done, end = frames_of(response.text)
+    assert end == "[DONE]"
+    assert {json.loads(each)["type"] for each in progress} <= {"transcript.progress"}
+    event = json.loads(done)
+    assert set(event) == {"type", "body"}
+    assert event["type"] == "transcript.done"
+    if expected.headers["content-type"] != "application/json":
+        assert event["body"] == expected.text
+    else:
+        body = json.loads(event["body"])
+        assert list(body) == list(expected.json())
+        assert body | {"timings": None} == expected.json() | {"timings": None}
+
+
+async def test_of_a_long_recording_its_progress_is_told_without_its_text():
+    engine = ScriptedEngine(["word"])
+    engine.max_audio_s = 2.0
+    async with serving(Settings(decode_workers=1), engine) as client:
+        await until_ready(client)
+        response = await ask(client, encode(speechlike(6.0)), progress="true")
+        *progress, done = map(json.loads, frames_of(response.text)[:-1])
+        assert {each["type"] for each in progress} == {"transcript.progress"}
+        assert len(progress) == len(engine.submitted) > 2
+        assert json.loads(done["body"])["text"] == " ".join(["word"] * len(engine.submitted))
+
+
+async def test_progress_that_fails_before_its_first_event_has_a_status(client):
+    response = await ask(client, b"no audio" * 9, progress="true")
+    assert (response.status_code, error_of(response)["code"]) == (415, "audio_unrecognised")
 
 
 @pytest.mark.parametrize("field", ["hotwords", "condition_on_previous_text"])

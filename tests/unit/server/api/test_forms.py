@@ -78,6 +78,7 @@ def test_a_format_asks_for_the_times_that_it_can_show(form, timestamps):
         ({"timestamps": "syllable"}, "timestamps"),
         ({"stream": "maybe"}, "stream"),
         ({"stream": "1", "response_format": "srt"}, "stream"),
+        ({"stream": "1", "progress": "1"}, "progress"),
         ({"logprobs": "1", "response_format": "text"}, "logprobs"),
         ({"deadline_ms": "0"}, "deadline_ms"),
         ({"vad": ""}, "vad"),

@@ -157,7 +157,7 @@ async def test_an_hour_takes_no_more_memory_than_a_minute(pool):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
-@pytest.mark.parametrize("form", ["ogg-opus", "m4a", "webm"])
+@pytest.mark.parametrize("form", ["ogg-opus", "m4a", "webm", "flac", "mp3"])
 async def test_a_long_upload_that_claims_a_second_is_refused_when_it_crosses_the_limit(pool, form):
     forged = with_short_claim(encode(np.zeros(300 * 16_000, np.float32), form=form), form)
     assert 0 < probe(forged).duration_s <= 1.0

@@ -17,6 +17,7 @@ from server.client import (
 )
 from server.client.exchange import (
     EventReader,
+    answer_of,
     http_options,
     model_names,
     read_audio,
@@ -24,6 +25,7 @@ from server.client.exchange import (
     transcribe_request,
     transcription_of,
 )
+from server.client.results import transcription_from
 
 TIMINGS = {"decode": 0.0, "queue": 0.0, "encode": 0.1, "generate": 0.2, "total": 0.3}
 BODY = {
@@ -72,7 +74,9 @@ def test_the_key_comes_from_the_environment_unless_one_is_given(monkeypatch):
 
 
 def test_everything_of_an_answer_is_read():
-    answer = transcription_of(httpx.Response(200, json=BODY, headers={"X-Request-ID": "r1"}))
+    answer = transcription_of(
+        answer_of(httpx.Response(200, json=BODY, headers={"X-Request-ID": "r1"}))
+    )
     assert (answer.text, answer.language, answer.duration_s) == ("Өнөөдөр хүйтэн", "mn", 2.5)
     assert (answer.timings.total, answer.alignment, answer.request_id) == (0.3, "ctc", "r1")
     (segment,) = answer.segments
@@ -83,14 +87,14 @@ def test_everything_of_an_answer_is_read():
 
 def test_what_was_not_asked_for_is_none():
     plain = {name: BODY[name] for name in ("text", "language", "duration", "timings")}
-    answer = transcription_of(httpx.Response(200, json=plain))
+    answer = transcription_of(answer_of(httpx.Response(200, json=plain)))
     assert answer.segments is answer.alignment is answer.logprobs is answer.request_id is None
 
 
 @pytest.mark.parametrize("answer", [b"<html>", b"[]", b"{}", b'{"text": "", "timings": 3}'])
 def test_an_answer_of_another_program_is_told_as_such(answer):
     with pytest.raises(UnexpectedAnswerError):
-        transcription_of(httpx.Response(200, content=answer))
+        transcription_of(answer_of(httpx.Response(200, content=answer)))
     with pytest.raises(UnexpectedAnswerError):
         model_names(httpx.Response(200, content=answer))
 
@@ -136,7 +140,7 @@ def test_events_may_be_cut_anywhere_and_hold_any_character(size):
         {"type": "transcript.progress", "processed": 1.5, "duration": None},
         {"type": "transcript.text.done", **BODY},
     )
-    reader = EventReader(httpx.Response(200))
+    reader = EventReader(httpx.Response(200), transcription_from)
     chunks = [data[at : at + size] for at in range(0, len(data), size)]
     events = [event for chunk in chunks for event in reader.feed(chunk)]
     reader.end()
@@ -147,14 +151,14 @@ def test_events_may_be_cut_anywhere_and_hold_any_character(size):
 
 
 def test_a_stream_that_breaks_off_is_no_whole_one():
-    reader = EventReader(httpx.Response(200))
+    reader = EventReader(httpx.Response(200), transcription_from)
     list(reader.feed(b'data: {"type":"transcript.text.delta","delta":"Where"}\n\n'))
     with pytest.raises(ConnectionFailedError, match="broke off"):
         reader.end()
 
 
 def test_an_error_within_a_stream_is_raised():
-    reader = EventReader(httpx.Response(200))
+    reader = EventReader(httpx.Response(200), transcription_from)
     body = error_answer(500, "internal_error").json()
     with pytest.raises(ServerFailedError, match="why"):
         list(reader.feed(stream_of(body)))
