@@ -51,6 +51,7 @@ def test_clips_have_the_lengths_that_are_asked_for_and_are_always_the_same(recor
     assert sorted(clip.audio_s for clip in clips) == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert [clip.wav for clip in clips] == [clip.wav for clip in again]
     assert all(np.abs(clip.waveform).max() > 0.05 for clip in clips)
+    assert {clip.is_speech for clip in clips} == {bool(recordings)}
 
 
 def test_a_posted_clip_is_16_bit_wav(tmp_path: Path) -> None:
