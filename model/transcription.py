@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 
-_CPU_BF16 = {"amx_bf16", "avx512_bf16"}
-
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
@@ -79,19 +77,14 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the device multiplies in it, else fp32.
-
-    Every CUDA device counts, and a CPU with AMX or AVX-512's bf16 instructions.
+    """`auto` is bf16 on CUDA and fp32 on the CPU.
 
     Raises:
         ValueError: the name is unknown.
     """
     names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if dtype == "auto":
-        has_bf16 = device.type == "cuda" or not _CPU_BF16.isdisjoint(
-            name for name, is_there in torch.cpu.get_capabilities().items() if is_there
-        )
-        return torch.bfloat16 if has_bf16 else torch.float32
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in names:
         raise ValueError(f"unknown dtype {dtype!r}; use auto, {', '.join(names)}")
     return names[dtype]
@@ -110,7 +103,7 @@ class Transcriber:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str = "auto", dtype: str = "fp32"
+        cls, path: str | Path, device: str = "auto", dtype: str = "auto"
     ) -> Transcriber:
         """Load a checkpoint folder or hub id.
 

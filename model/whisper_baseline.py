@@ -107,7 +107,7 @@ class WhisperTranscriber:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str = "auto", dtype: str = "fp32"
+        cls, path: str | Path, device: str = "auto", dtype: str = "auto"
     ) -> WhisperTranscriber:
         """Load a Hugging Face Whisper folder or hub id.
 

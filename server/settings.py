@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="Of the weights; auto is bf16 where the device computes in it."
+        "auto", description="Of the weights; auto is bf16 on CUDA, fp32 on a CPU."
     )
     cpu_threads: int = Field(
         0,

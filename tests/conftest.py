@@ -12,10 +12,6 @@ from hypothesis import settings
 settings.register_profile("speechllm", deadline=None)
 settings.load_profile("speechllm")
 
-# Answers are compared with those of `generate`, which only fp32 gives exactly. Servers and commands
-# that tests start as processes read it too.
-os.environ.setdefault("SPEECHLLM_DTYPE", "fp32")
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 SENTENCES = [

@@ -23,7 +23,7 @@ def info(
 
     from model.transcription import Transcriber
 
-    transcriber = Transcriber.from_pretrained(model, device, "auto")
+    transcriber = Transcriber.from_pretrained(model, device)
     config = transcriber.config
     parts = {
         name: sum(parameter.numel() for parameter in part.parameters())

@@ -58,18 +58,6 @@ async def test_every_format_is_transcribed(client, form):
     assert sum(timings.values()) - timings["total"] <= timings["total"]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "auto"])
-async def test_clips_are_transcribed_together_in_other_dtypes_too(settings, dtype):
-    async with serving(settings.model_copy(update={"dtype": dtype})) as client:
-        await until_ready(client)
-        recordings = [encode(speechlike(seconds, seed=2)) for seconds in (1.0, 2.5, 4)]
-        responses = await asyncio.gather(
-            *(client.post("/transcribe", **upload(recording)) for recording in recordings)
-        )
-    assert [response.status_code for response in responses] == [200] * 3
-    assert all(response.json()["text"] for response in responses)
-
-
 async def test_the_answer_is_what_the_model_says_of_the_same_clip(client, settings):
     recordings = [encode(speechlike(seconds, seed=2)) for seconds in (1.0, 2.5, 4)]
     responses = await asyncio.gather(*(client.post("/transcribe", **upload(r)) for r in recordings))

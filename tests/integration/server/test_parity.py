@@ -29,8 +29,7 @@ def manifest(tmp_path_factory):
 
 
 def run(*arguments):
-    options = ["--device", "cpu", "--dtype", "fp32"]
-    return CliRunner().invoke(app, ["parity", *options, *map(str, arguments)])
+    return CliRunner().invoke(app, ["parity", "--device", "cpu", *map(str, arguments)])
 
 
 def test_the_engine_says_what_generate_says(tiny_checkpoint, manifest):
