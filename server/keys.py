@@ -58,12 +58,14 @@ class KeyRing:
         """Gather keys from a list separated by commas and from a file, one a line.
 
         Raises:
-            ValueError: an entry is not right.
+            ValueError: an entry is not right, or the file has none.
             OSError: the file cannot be read.
         """
         lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-        entries = [*keys.split(","), *(line for line in lines if not line.startswith("#"))]
-        return cls([entry.strip() for entry in entries if entry.strip()])
+        in_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if path and not in_file:  # without keys, everybody would be let in
+            raise ValueError(f"the file of API keys {path} holds none")
+        return cls([*(key.strip() for key in keys.split(",") if key.strip()), *in_file])
 
     def __len__(self) -> int:
         """Return how many keys are taken; none means that everybody may come."""

@@ -93,8 +93,8 @@ class TranscribeForm(BaseModel):
         1,
         ge=1,
         le=MAX_BEAMS,
-        description="How many answers of the beam search to return; sets num_beams if that is not "
-        "given.",
+        description="How many answers of the beam search to return (json); sets num_beams if that "
+        "is not given.",
         examples=[1],
     )
     logprobs: bool = Field(
@@ -140,6 +140,8 @@ class TranscribeForm(BaseModel):
             raise InvalidRequestError("stream tells the progress already", param="progress")
         if self.logprobs and self.response_format != "json":
             raise InvalidRequestError("logprobs go with response_format json", param="logprobs")
+        if self.n_best > 1 and self.response_format != "json":
+            raise InvalidRequestError("n_best goes with response_format json", param="n_best")
         by_format = {"srt": "word", "vtt": "word", "tsv": "word", "verbose_json": "segment"}
         timestamps: Any = self.timestamps or by_format.get(self.response_format, "none")
         if timestamps == "none" and self.response_format in by_format:

@@ -64,7 +64,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         flag = f"--{name.replace('_', '-')} / {ENV_PREFIX}{name.upper()}"
-        typer.echo(f"error: {flag}: {first['msg']}", err=True)
+        typer.echo(f"error: {flag}: {first['msg'].removeprefix('Value error, ')}", err=True)
         raise typer.Exit(_BAD_USAGE) from error
 
 

@@ -55,12 +55,17 @@ class Decoding:
             "repetition_penalty": _PENALTIES[0] <= self.repetition_penalty <= _PENALTIES[1],
             "max_tokens": self.max_tokens is None or self.max_tokens >= 1,
             "num_beams": 1 <= self.num_beams <= MAX_BEAMS,
-            "n_best": 1 <= self.n_best <= self.num_beams,
+            "n_best": self.n_best >= 1,
         }
         for name, is_in_range in in_range.items():
             if not is_in_range:
                 value = getattr(self, name)
                 raise InvalidRequestError(f"{name} is out of range: {value}", param=name)
+        if self.n_best > self.num_beams:
+            raise InvalidRequestError(
+                f"n_best is at most num_beams: {self.n_best} answers of {self.num_beams}",
+                param="n_best",
+            )
         if self.num_beams > 1 and self.temperature > 0:
             raise InvalidRequestError(
                 "beam search does not sample: it takes a temperature of 0", param="num_beams"

@@ -106,6 +106,11 @@ def test_any_options_beside_a_real_recording_are_answered_as_it_says(api, path, 
         else:
             case.body = CLIP
             case.query.pop("deadline_ms", None)  # a millisecond is rightly 504
+            # What excludes each other would leave too few that are answered.
+            if "progress" in case.query:
+                case.query.pop("stream", None)
+            if "n_best" in case.query:
+                case.query.pop("response_format", None)
         statuses[case.call_and_validate(checks=CHECKS, timeout=TIMEOUT_S).status_code] += 1
 
     check()

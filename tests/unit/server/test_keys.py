@@ -44,6 +44,15 @@ def test_keys_come_from_the_setting_and_from_a_file(tmp_path):
     assert {ring.owner(ALICE), ring.owner(BOB)} == {"alice", "bob"}
 
 
+@pytest.mark.parametrize("text", ["", "# of the team\n\n"])
+def test_a_file_without_keys_is_refused_and_lets_nobody_in(tmp_path, text):
+    file = tmp_path / "keys"
+    file.write_text(text)
+    for keys in ("", f"alice:{ALICE}"):
+        with pytest.raises(ValueError, match="holds none"):
+            KeyRing.from_settings(keys, str(file))
+
+
 def test_a_key_may_have_only_so_many_running():
     limits = KeyLimits(max_concurrency=1, audio_s_per_minute=0.0)
     with limits.hold("alice", 1.0):

@@ -73,6 +73,7 @@ def test_a_format_asks_for_the_times_that_it_can_show(form, timestamps):
         ({"temperature": "2.1"}, "temperature"),
         ({"num_beams": "9"}, "num_beams"),
         ({"num_beams": "2", "n_best": "3"}, "n_best"),
+        ({"n_best": "2", "response_format": "srt"}, "n_best"),
         ({"num_beams": "2", "temperature": "1"}, "num_beams"),
         ({"response_format": "xml"}, "response_format"),
         ({"timestamps": "syllable"}, "timestamps"),

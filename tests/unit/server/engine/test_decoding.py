@@ -12,7 +12,7 @@ from server.errors import InvalidRequestError
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan),
         ("top_p", 0.0), ("top_p", 1.1), ("top_p", math.nan),
         ("seed", -1), ("seed", 2**63), ("repetition_penalty", 0.0), ("repetition_penalty", 11.0),
-        ("max_tokens", 0), ("num_beams", 0), ("num_beams", 9), ("n_best", 0), ("n_best", 2),
+        ("max_tokens", 0), ("num_beams", 0), ("num_beams", 9), ("n_best", 0),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(name, value):
@@ -37,3 +37,9 @@ def test_beams_with_sampling_are_refused_with_the_reason():
         Decoding(num_beams=2, temperature=0.5)
     assert refusal.value.param == "num_beams"
     assert Decoding(num_beams=4, n_best=4).n_best == 4
+
+
+def test_more_answers_than_beams_are_refused_with_the_reason():
+    with pytest.raises(InvalidRequestError, match="at most num_beams: 3 answers of 2") as refusal:
+        Decoding(num_beams=2, n_best=3)
+    assert refusal.value.param == "n_best"
