@@ -1,8 +1,8 @@
 """From audio and text to the LLM's token sequence: the one place that builds it.
 
-The sequence is `[chat prefix | audio | chat suffix | target | EOS]`. Its parts are tokenised
-separately, so that no merge crosses a boundary, and text from outside (prompt, target) never
-yields special tokens.
+The sequence is `[chat prefix, context | audio | prompt, chat suffix | target | EOS]`. Its parts
+are tokenised separately, so that no merge crosses a boundary, and text from outside (context,
+prompt, target) never yields special tokens.
 
 Axis legend: B clips, L sequence positions, N audio embeddings.
 """
@@ -30,15 +30,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 # Private-use characters: no tokenizer's template writes them, so they cut it cleanly.
-_AUDIO_MARK = "\ue000"
-_PROMPT_MARK = "\ue001"
-_PLAIN_TEMPLATE = f"{_AUDIO_MARK}{_PROMPT_MARK}\n"
+_CONTEXT_MARK = "\ue000"
+_AUDIO_MARK = "\ue001"
+_PROMPT_MARK = "\ue002"
+_USER_TURN = f"{_CONTEXT_MARK}{_AUDIO_MARK}{_PROMPT_MARK}"
+_PLAIN_TEMPLATE = f"{_USER_TURN}\n"
 
 ADDITIONS = ("previous_text", "hotwords")
-"""What may be added to a prompt: what was said just before, and words that are expected."""
+"""What a context may hold: what was said just before, and words that are expected."""
 
 ADDITION_PLACE = "{}"
 """Where the text stands in a template of `prompt_additions`."""
+
+MAX_PREVIOUS_BYTES = 160
+"""Of what was said before, UTF-8; some 30 words of English."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class SpeechLLMProcessor(ProcessorMixin):
             encoder_mode: the model's `config.encoder_mode`.
             prompt: what the user turn asks after the audio.
             audio_token: vocabulary entry that marks audio positions.
-            prompt_additions: what the model was trained to read behind the prompt: by name
+            prompt_additions: what the model was trained to read before the audio: by name
                 (`hotwords`, `previous_text`), a template with `{}` in it for the text.
             chat_template: unused; the tokenizer's own is applied.
 
@@ -111,17 +116,19 @@ class SpeechLLMProcessor(ProcessorMixin):
         encoding = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoding.input_ids)
 
-    def extended_prompt(self, prompt: str | None = None, **additions: str) -> str:
-        """The prompt, `prompt` or the model's own, with texts added behind it.
+    def context(self, **additions: str) -> str:
+        """What stands before the audio: texts in the templates of `prompt_additions`.
+
+        Before it, so that the audio is as far from its answer whatever is added: an LLM that reads
+        by that distance (`audio_positions` of the configuration) would be led astray.
 
         Args:
-            prompt: replaces the model's own.
             **additions: texts by name; empty ones add nothing.
 
         Raises:
             ValueError: the model was not trained to read such an addition.
         """
-        text = self.prompt if prompt is None else prompt
+        text = ""
         for name, added in additions.items():
             if name not in self.prompt_additions:
                 raise ValueError(f"this checkpoint's prompt takes no {name}")
@@ -129,22 +136,26 @@ class SpeechLLMProcessor(ProcessorMixin):
                 text += self.prompt_additions[name].replace(ADDITION_PLACE, added)
         return text
 
-    def prompt_ids(self, prompt: str | None = None) -> PromptIds:
-        """Tokenise what stands before and after the audio; `prompt` defaults to the model's."""
+    def prompt_ids(self, prompt: str | None = None, context: str = "") -> PromptIds:
+        """Tokenise what stands before and after the audio.
+
+        Args:
+            prompt: after the audio; defaults to the model's own.
+            context: before the audio.
+        """
         template = _PLAIN_TEMPLATE
         if self.tokenizer.chat_template is not None:
-            turn = {"role": "user", "content": f"{_AUDIO_MARK}{_PROMPT_MARK}"}
+            turn = {"role": "user", "content": _USER_TURN}
             template = self.tokenizer.apply_chat_template(
                 [turn], tokenize=False, add_generation_prompt=True
             )
-        before, _, rest = template.partition(_AUDIO_MARK)
-        between, mark, after = rest.partition(_PROMPT_MARK)
+        before, mark, after = template.partition(_USER_TURN)
         if not mark:
             raise ValueError("the tokenizer's chat template drops or reorders the user's turn")
         question = self.text_ids(self.prompt if prompt is None else prompt)
         return PromptIds(
-            prefix=self._template_ids(before),
-            suffix=self._template_ids(between) + question + self._template_ids(after),
+            prefix=self._template_ids(before) + self.text_ids(context),
+            suffix=question + self._template_ids(after),
         )
 
     def _template_ids(self, text: str) -> list[int]:
@@ -186,6 +197,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         audio_lens: Sequence[int],
         targets: Sequence[Sequence[int]] | None = None,
         prompts: Sequence[str | None] | None = None,
+        contexts: Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
         """Build `[prefix | audio | suffix | target | EOS]` for a batch.
 
@@ -193,15 +205,18 @@ class SpeechLLMProcessor(ProcessorMixin):
             audio_lens: audio positions of each clip.
             targets: token ids of each transcript, for training; None to generate.
             prompts: a prompt for each clip in place of the model's own.
+            contexts: what stands before the audio of each clip; see `context`.
 
         Returns:
             `input_ids` and `attention_mask` (B, L); padded on the left to generate and on the
             right to train; with targets also `labels` (B, L), -100 outside target and EOS.
         """
         rows, labels = [], []
-        around = {prompt: self.prompt_ids(prompt) for prompt in set(prompts or [None])}
+        count = len(audio_lens)
+        texts = list(zip(prompts or [None] * count, contexts or [""] * count, strict=True))
+        around = {each: self.prompt_ids(*each) for each in set(texts)}
         for index, length in enumerate(audio_lens):
-            ids = around[prompts[index] if prompts else None]
+            ids = around[texts[index]]
             row = [*ids.prefix, *[self.audio_token_id] * int(length), *ids.suffix]
             answer: list[int] = []
             if targets is not None:
@@ -217,11 +232,12 @@ class SpeechLLMProcessor(ProcessorMixin):
             batch["labels"] = _pad(labels, IGNORED_LABEL, on_left=on_left)
         return batch
 
-    def __call__(
+    def __call__(  # noqa: PLR0913, PLR0917 - what a sequence is made of
         self,
         audio: np.ndarray | Sequence[np.ndarray],
         text: str | Sequence[str] | None = None,
         prompt: str | Sequence[str | None] | None = None,
+        context: str = "",
         sampling_rate: int = SAMPLE_RATE_HZ,
         device: torch.device | str = "cpu",
     ) -> BatchFeature:
@@ -231,6 +247,7 @@ class SpeechLLMProcessor(ProcessorMixin):
             audio: one or more mono float32 clips at 16 kHz.
             text: transcripts, one a clip.
             prompt: replaces the model's prompt, for all clips or one each.
+            context: stands before the audio of all clips; see `context`.
             sampling_rate: of `audio`, Hz; other rates are refused, not resampled.
             device: where the features are computed and the batch is placed.
 
@@ -250,7 +267,8 @@ class SpeechLLMProcessor(ProcessorMixin):
             raise ValueError(f"{len(clips)} clips need as many texts and prompts")
         input_features, feature_lens = self.features(clips, device)
         targets = [self.text_ids(item) for item in texts] if texts is not None else None
-        batch = self.sequences(self.audio_lens(feature_lens).tolist(), targets, prompts)
+        audio_lens = self.audio_lens(feature_lens).tolist()
+        batch = self.sequences(audio_lens, targets, prompts, [context] * len(clips))
         return BatchFeature(
             {
                 "input_features": input_features,
@@ -263,6 +281,16 @@ class SpeechLLMProcessor(ProcessorMixin):
         """Text of generated ids: special tokens dropped, surrounding space stripped."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return str(text).strip()
+
+
+def previous_text_tail(text: str) -> str:
+    """The end of what was said before, whole words, as much as a context holds of it."""
+    encoded = text.encode()
+    if len(encoded) <= MAX_PREVIOUS_BYTES:
+        return text
+    tail = encoded[-MAX_PREVIOUS_BYTES:].decode(errors="ignore")
+    _, space, whole_words = tail.partition(" ")
+    return whole_words if space else tail
 
 
 def check_addition(name: str, template: str) -> None:

@@ -137,6 +137,7 @@ class Transcriber:
         self,
         waveforms: Sequence[np.ndarray],
         prompt: str | None = None,
+        context: str = "",
         max_new_tokens: int | None = None,
         *,
         with_ctc: bool = False,
@@ -146,6 +147,7 @@ class Transcriber:
         Args:
             waveforms: mono float32, 16 kHz, each (N_i,), at most `max_audio_s` long.
             prompt: replaces the checkpoint's own.
+            context: stands before the audio; see `SpeechLLMProcessor.context`.
             max_new_tokens: cap for every clip; each clip's own cap by duration holds besides.
             with_ctc: also read the CTC head.
 
@@ -171,7 +173,7 @@ class Transcriber:
         budgets = [token_budget(self.config, duration) for duration in durations_s]
         if max_new_tokens is not None:
             budgets = [min(budget, max_new_tokens) for budget in budgets]
-        generated = self._generate(frames, frame_lens, budgets, prompt)
+        generated = self._generate(frames, frame_lens, budgets, prompt, context)
         ctc_texts = self._read_ctc(frames, frame_lens) if with_ctc else [None] * len(budgets)
         transcripts = [
             self._transcript(ids, budget, ctc_text)
@@ -180,11 +182,18 @@ class Transcriber:
         return TranscriptBatch(transcripts, encoded - started, time.perf_counter() - encoded)
 
     def _generate(
-        self, frames: Tensor, frame_lens: Tensor, budgets: list[int], prompt: str | None
+        self,
+        frames: Tensor,
+        frame_lens: Tensor,
+        budgets: list[int],
+        prompt: str | None,
+        context: str,
     ) -> list[list[int]]:
         audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
-        prompts = None if prompt is None else [prompt] * len(audio_lens)
-        batch = self.processor.sequences(audio_lens, prompts=prompts)
+        count = len(audio_lens)
+        batch = self.processor.sequences(
+            audio_lens, prompts=[prompt] * count, contexts=[context] * count
+        )
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         output = self.model.generate(
             **batch,

@@ -91,10 +91,12 @@ def search_alone(transcriber, waveform, num_beams, **request):
 
 
 @torch.inference_mode()
-def _generate(transcriber, waveform, options, *, prompt=None, max_tokens=None, penalty=1.0):  # noqa: PLR0913 - generate's options
+def _generate(  # noqa: PLR0913 - generate's options
+    transcriber, waveform, options, *, prompt=None, context="", max_tokens=None, penalty=1.0
+):
     processor, model = transcriber.processor, transcriber.model
     budget = token_budget(transcriber.config, waveform.size / SAMPLE_RATE_HZ)
-    inputs = processor(waveform, prompt=prompt)
+    inputs = processor(waveform, prompt=prompt, context=context)
     length = inputs["input_ids"].shape[1]
     processors = LogitsProcessorList()
     if penalty != 1:

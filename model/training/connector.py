@@ -29,8 +29,8 @@ from model.log_mel import log_mel_spectrogram
 from model.modeling import IGNORED_LABEL
 from model.processing import check_addition
 from model.training.acceleration import compile_layers, use_fast_attention
+from model.training.contexts import ContextBatches
 from model.training.distillation import WhisperTeacher
-from model.training.hotwords import HotwordBatches
 from model.training.speech_data import SpeechData, SpeechDataConfig, pad_targets
 from model.transcription import Transcriber
 
@@ -76,9 +76,13 @@ class ConnectorStageConfig(BaseModel):
     )
     teacher_weight: float = Field(0.5, ge=0, le=1, description="share of the teacher's loss")
     hotwords_share: float = Field(
-        0.0, ge=0, le=1, description="share of the clips whose prompt lists hotwords"
+        0.0, ge=0, le=1, description="share of the clips with a list of hotwords before them"
     )
-    hotwords_prompt: str = Field(" Hotwords: {}.", description="what then follows the prompt")
+    hotwords_prompt: str = Field("Hotwords: {}.\n", description="what then precedes the audio")
+    previous_text_share: float = Field(
+        0.0, ge=0, le=1, description="share of the clips with the text of another before them"
+    )
+    previous_text_prompt: str = Field("Before: {}\n", description="what then precedes the audio")
     min_ctc_share: float | None = Field(
         None, ge=0, le=1, description="of the checkpoint from now on; None leaves it as it is"
     )
@@ -199,7 +203,7 @@ class ConnectorObjective(nn.Module):
         frames, frame_lens, teacher_frames = self._frames(batch)
         targets: list[list[int]] = batch["target_ids"]
         audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
-        sequence = self.processor.sequences(audio_lens, targets, batch.get("prompts"))
+        sequence = self.processor.sequences(audio_lens, targets, contexts=batch.get("contexts"))
         labels = sequence.pop("labels")
         # No logits of what lies before every clip's target: with a hub LLM they fill the memory.
         first = int((labels != IGNORED_LABEL).any(0).int().argmax())
@@ -347,6 +351,7 @@ class ConnectorStage:
             else SpeechData(train, config.data, processor.text_ids, seed)  # type: ignore[arg-type]
         )
         self._use_ctc_head()
+        self._use_context()
         self._seed = seed
         self._dev_utterances = dev
         plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
@@ -359,11 +364,19 @@ class ConnectorStage:
             if config.min_ctc_share and not has_head:
                 raise ValueError("min_ctc_share needs a CTC head, and the model has none")
             self.model.config.min_ctc_share = config.min_ctc_share
-        if config.hotwords_share:
-            if not has_head:
-                raise ValueError("hotwords are filtered by a CTC head, and the model has none")
-            check_addition("hotwords", config.hotwords_prompt)
-            self.processor.prompt_additions["hotwords"] = config.hotwords_prompt
+
+    def _use_context(self) -> None:
+        """Have the checkpoint say what it learns to read before the audio."""
+        config = self.config
+        if config.hotwords_share and self.model.ctc_head is None:
+            raise ValueError("hotwords are filtered by a CTC head, and the model has none")
+        for name, share, template in (
+            ("previous_text", config.previous_text_share, config.previous_text_prompt),
+            ("hotwords", config.hotwords_share, config.hotwords_prompt),
+        ):
+            if share:
+                check_addition(name, template)
+                self.processor.prompt_additions[name] = template
 
     @property
     def module(self) -> nn.Module:
@@ -389,8 +402,16 @@ class ConnectorStage:
     def epoch(self, epoch: int, rank: int, world_size: int) -> EpochBatches:
         """Plan one epoch."""
         batches = self._train.epoch(epoch, rank, world_size)
-        share, seed = self.config.hotwords_share, (self._seed, epoch, rank)
-        return HotwordBatches(batches, self.processor, share, seed) if share else batches
+        config = self.config
+        if not config.hotwords_share and not config.previous_text_share:
+            return batches
+        return ContextBatches(
+            batches,
+            self.processor,
+            (self._seed, epoch, rank),
+            hotwords_share=config.hotwords_share,
+            previous_text_share=config.previous_text_share,
+        )
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Mean losses and word error rates (of the LLM, of the CTC head) on the dev manifest."""

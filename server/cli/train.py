@@ -271,11 +271,18 @@ def train_connector(
     teacher_weight: Annotated[float, typer.Option(help="Share of the teacher's loss.")] = 0.5,
     hotwords_share: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of the clips whose prompt lists hotwords."),
+        typer.Option(min=0, max=1, help="Share of the clips with hotwords before their audio."),
     ] = 0.0,
     hotwords_prompt: Annotated[
-        str, typer.Option(help="What then follows the prompt, with {} for the list.")
-    ] = " Hotwords: {}.",
+        str, typer.Option(help="What then precedes the audio, with {} for the list.")
+    ] = "Hotwords: {}.\n",
+    previous_text_share: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the clips with another's text before them."),
+    ] = 0.0,
+    previous_text_prompt: Annotated[
+        str, typer.Option(help="What then precedes the audio, with {} for the text.")
+    ] = "Before: {}\n",
     min_ctc_share: Annotated[
         float | None,
         typer.Option(
@@ -307,6 +314,7 @@ def train_connector(
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
         label_smoothing=label_smoothing, teacher=teacher, teacher_weight=teacher_weight,
         hotwords_share=hotwords_share, hotwords_prompt=hotwords_prompt,
+        previous_text_share=previous_text_share, previous_text_prompt=previous_text_prompt,
         min_ctc_share=min_ctc_share, feature_augment=spec_augment, spec_augment=spec_augment,
         stored_dtype=stored_dtype, compile_layers=compile_layers, data=data,
     )  # fmt: skip

@@ -53,8 +53,8 @@ class EngineRequest:
         audio_s: its length, seconds.
         deadline_s: when its answer is no longer wanted; None for never.
         prompt: replaces the checkpoint's own.
-        hotwords: words that are likely to be said; those that are heard are added to the prompt.
-        previous_text: what was said just before, to be added to the prompt.
+        hotwords: words that are likely to be said; those that are heard stand before the audio.
+        previous_text: what was said just before; its end stands before the audio.
         decoding: how to choose its tokens.
         on_piece: told of every token, on the event loop. An answer that somebody listens to is
             not begun again when it loops.
@@ -302,8 +302,8 @@ class Plan:
         max_tokens: cap of the answer.
         decoding: how to choose its tokens.
         heard: where the runner keeps what `words` needs; None where that is not wanted.
-        prompt: replaces the checkpoint's own; what is to be added to it before the clip is encoded
-            is in it.
+        prompt: replaces the checkpoint's own.
+        context: what stands before the audio, as far as it is known before the clip is encoded.
         hotwords: to choose from once the clip is encoded; `input_ids` are without them.
     """
 
@@ -313,6 +313,7 @@ class Plan:
     decoding: Decoding
     heard: Heard | None = None
     prompt: str | None = None
+    context: str = ""
     hotwords: tuple[str, ...] = ()
 
 

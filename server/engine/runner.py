@@ -26,7 +26,7 @@ from model.ctc import ctc_greedy
 from model.encoder import length_mask
 from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
-from model.processing import token_budget
+from model.processing import previous_text_tail, token_budget
 from model.transcription import Transcriber, identify_language
 from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
@@ -55,7 +55,6 @@ _log = logging.getLogger(__name__)
 PROMPT_ROOM_TOKENS = 512
 """What a request's own prompt may take in a slot beyond the checkpoint's."""
 
-_MAX_PREVIOUS_BYTES = 160  # of the text before; some 30 words of English
 _CPU_KV_BYTES = 2 << 30
 _CUDA_KV_SHARE = 0.6  # of what the weights leave; activations need the rest
 _WARM_UP_S = (1.0, 3.0)  # clips of different length, so that padding is exercised too
@@ -227,19 +226,19 @@ class SpeechRunner:
             prompt: replaces the checkpoint's own.
             decoding: how to choose its tokens.
             with_words: keep what places its text in time, if the checkpoint has a CTC head.
-            hotwords: those that are heard are added to the prompt when the clip is encoded; for
+            hotwords: those that are heard stand before the audio when the clip is encoded; for
                 checkpoints whose `prompt_additions` say so.
-            previous_text: of which the end is added to the prompt; likewise.
+            previous_text: of which the end stands before the audio; likewise.
 
         Raises:
             InvalidRequestError: prompt, audio and the longest answer do not fit into a slot.
         """
         frame_lens = mel_frame_lens(torch.tensor([waveform.size]))
         audio_lens = self._processor.audio_lens(frame_lens).tolist()
+        context = ""
         if previous_text:
-            tail = previous_text.encode()[-_MAX_PREVIOUS_BYTES:].decode(errors="ignore")
-            prompt = self._processor.extended_prompt(prompt, previous_text=tail)
-        input_ids = self._input_ids(audio_lens[0], prompt)
+            context = self._processor.context(previous_text=previous_text_tail(previous_text))
+        input_ids = self._input_ids(audio_lens[0], prompt, context)
         max_tokens = token_budget(self._config, waveform.size / SAMPLE_RATE_HZ)
         max_tokens = min(max_tokens, decoding.max_tokens or max_tokens)
         length, room = len(input_ids) + max_tokens, self._slots.plan.slot_tokens
@@ -252,14 +251,14 @@ class SpeechRunner:
                 param="file" if prompt is None else "prompt",
             )
         heard = Heard() if with_words and self._model.ctc_head is not None else None
-        return Plan(waveform, input_ids, max_tokens, decoding, heard, prompt, hotwords)
+        return Plan(waveform, input_ids, max_tokens, decoding, heard, prompt, context, hotwords)
 
-    def _input_ids(self, audio_len: int, prompt: str | None) -> tuple[int, ...]:
-        ids = self._processor.sequences([audio_len], prompts=[prompt])["input_ids"][0]
-        return tuple(ids.tolist())
+    def _input_ids(self, audio_len: int, prompt: str | None, context: str) -> tuple[int, ...]:
+        batch = self._processor.sequences([audio_len], prompts=[prompt], contexts=[context])
+        return tuple(batch["input_ids"][0].tolist())
 
     def _lay_out(self, plans: Sequence[Plan], audio: EmbeddedAudio) -> list[tuple[int, ...]]:
-        """The plans' sequences, with the hotwords that the CTC head has heard in their prompts."""
+        """The plans' sequences, with the hotwords that the CTC head has heard before the audio."""
         laid_out = [plan.input_ids for plan in plans]
         rows = [row for row, plan in enumerate(plans) if plan.hotwords]
         head = self._model.ctc_head
@@ -269,8 +268,8 @@ class SpeechRunner:
         for row, path in zip(rows, paths, strict=True):
             heard = self._processor.decode_transcript(head.to_token_ids(path))
             words = list_hotwords(heard_hotwords(plans[row].hotwords, heard))
-            prompt = self._processor.extended_prompt(plans[row].prompt, hotwords=words)
-            laid_out[row] = self._input_ids(int(audio.audio_lens[row]), prompt)
+            context = plans[row].context + self._processor.context(hotwords=words)
+            laid_out[row] = self._input_ids(int(audio.audio_lens[row]), plans[row].prompt, context)
         return laid_out
 
     @torch.inference_mode()

@@ -104,8 +104,8 @@ async def test_the_answer_is_that_of_generate_with_the_same_prompt(ask, folder):
         waveform, _ = soundfile.read(folder / f"{name}.wav", dtype="float32")
         for text in texts:
             spelling = text.split()[1]
-            prompt = transcriber.processor.extended_prompt(hotwords=spelling)
-            (generated,) = transcriber.transcribe([waveform], prompt=prompt).transcripts
+            context = transcriber.processor.context(hotwords=spelling)
+            (generated,) = transcriber.transcribe([waveform], context=context).transcripts
             assert await ask(name, hotwords=spelling) == generated.text
 
 

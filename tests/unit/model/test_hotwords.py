@@ -22,7 +22,7 @@ HEARD = "the medecine was prescribed by doctor katherin mcdougal in ulan batar"
 @pytest.fixture(scope="module")
 def processor(tiny_checkpoint: Path) -> SpeechLLMProcessor:
     made = load_processor(tiny_checkpoint)
-    made.prompt_additions = {"hotwords": " Hotwords: {}."}
+    made.prompt_additions = {"hotwords": "Hotwords: {}.\n"}
     return made
 
 
@@ -76,12 +76,12 @@ def test_no_hotword_becomes_a_special_token(
 ) -> None:
     plain = processor.prompt_ids()
     listed = list_hotwords(clean_hotword(word) for word in words)
-    ids = processor.prompt_ids(processor.extended_prompt(hotwords=listed))
+    ids = processor.prompt_ids(context=processor.context(hotwords=listed))
     special = set(processor.tokenizer.added_tokens_decoder)
-    assert ids.prefix == plain.prefix
-    assert [each for each in ids.suffix if each in special] == [
-        each for each in plain.suffix if each in special
+    assert ids.suffix == plain.suffix
+    assert [each for each in ids.prefix if each in special] == [
+        each for each in plain.prefix if each in special
     ]
     # In the least bytes a token may have, as the engine reckons with.
     room = len(processor.prompt_additions["hotwords"].encode()) + len(listed.encode())
-    assert len(ids.suffix) <= len(plain.suffix) + room
+    assert len(ids.prefix) <= len(plain.prefix) + room

@@ -13,7 +13,7 @@ from model.assembly import prepare_tokenizer
 from model.checkpoint import load_config, load_processor
 from model.configuration import DEFAULT_PROMPT
 from model.modeling import IGNORED_LABEL
-from model.processing import SpeechLLMProcessor, token_budget
+from model.processing import SpeechLLMProcessor, previous_text_tail, token_budget
 
 
 @pytest.fixture(scope="module")
@@ -209,16 +209,40 @@ def test_token_budget_grows_with_duration(tiny_checkpoint: Path) -> None:
     assert token_budget(config, 10.0) == 44
 
 
-def test_a_prompt_is_extended_by_what_the_model_was_trained_to_read(tiny_checkpoint: Path) -> None:
+def test_before_the_audio_stands_what_the_model_was_trained_to_read(tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     made = SpeechLLMProcessor(
-        WhisperFeatureExtractor(), tokenizer, prompt="Say.", prompt_additions={"hotwords": " [{}]"}
+        WhisperFeatureExtractor(), tokenizer, prompt="Say.", prompt_additions={"hotwords": "[{}] "}
     )
-    assert made.extended_prompt(hotwords="zero, one") == "Say. [zero, one]"
-    assert made.extended_prompt("What?", hotwords="{} {}") == "What? [{} {}]"
-    assert made.extended_prompt(hotwords="") == made.extended_prompt() == "Say."
+    context = made.context(hotwords="zero, one")
+    assert context == "[zero, one] "
+    assert made.context(hotwords="{} {}") == "[{} {}] "
+    assert not made.context(hotwords="")
+    plain, extended = made.prompt_ids(), made.prompt_ids(context=context)
+    assert extended.prefix == plain.prefix + made.text_ids(context)
+    assert extended.suffix == plain.suffix
+    batch = made.sequences([2, 2], contexts=["", context])
+    rows = [
+        row[mask.bool()].tolist()
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    audio = [made.audio_token_id] * 2
+    assert rows == [[*ids.prefix, *audio, *ids.suffix] for ids in (plain, extended)]
     with pytest.raises(ValueError, match="takes no previous_text"):
-        made.extended_prompt(previous_text="zero")
+        made.context(previous_text="zero")
+
+
+@pytest.mark.parametrize(
+    ("text", "tail"),
+    [
+        ("short", "short"),
+        ("first " + "x" * 155, "x" * 155),
+        ("ө" * 100, "ө" * 80),
+        ("аа " * 60, "аа " * 31),
+    ],
+)
+def test_of_the_text_before_the_last_whole_words_are_kept(text: str, tail: str) -> None:
+    assert previous_text_tail(text) == tail
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BloomConfig, Lfm2Config
 
+from model.processing import previous_text_tail
 from model.transcription import Transcriber
 from server.engine.decoding import Decoding
 from server.engine.generation import Generation
@@ -325,7 +326,7 @@ def listening(request, tmp_path_factory):
     """A model that says that its prompt takes what was said before, and hotwords."""
     folder = tmp_path_factory.mktemp("listening") / "checkpoint"
     made = make_speech_model(folder, request.param)
-    made.processor.prompt_additions = {"previous_text": " <{}>", "hotwords": " [{}]"}
+    made.processor.prompt_additions = {"previous_text": "<{}> ", "hotwords": "[{}] "}
     made.processor.save_pretrained(folder)
     return Transcriber.from_pretrained(folder, device="cpu")
 
@@ -340,10 +341,10 @@ def test_hotwords_that_were_heard_stand_in_the_prompt_that_generate_is_given(lis
     hotwords = [(unheard, word), (unheard, "<|im_end|>"), ()]
     driver.start(*((i, runner.plan(clip, hotwords=hotwords[i])) for i, clip in enumerate(clips)))
     driver.finish()
-    prompts = [listening.processor.extended_prompt(hotwords=word), None, None]
+    contexts = [listening.processor.context(hotwords=word), "", ""]
     expected = [
-        generate_alone(listening, clip, prompt=prompt)
-        for clip, prompt in zip(clips, prompts, strict=True)
+        generate_alone(listening, clip, context=context)
+        for clip, context in zip(clips, contexts, strict=True)
     ]
     assert [driver.said[i].token_ids for i in range(3)] == expected
 
@@ -358,17 +359,17 @@ def test_the_previous_text_stands_in_the_prompt_that_generate_is_given(listening
         (1, runner.plan(clip, "What?", previous_text=long)),
     )
     driver.finish()
-    extended = listening.processor.extended_prompt
-    prompt = extended(previous_text="They were apart.")
-    assert driver.said[0].token_ids == generate_alone(listening, clip, prompt=prompt)
-    prompt = extended("What?", previous_text=long[-160:])
-    assert driver.said[1].token_ids == generate_alone(listening, clip, prompt=prompt)
+    context = listening.processor.context(previous_text="They were apart.")
+    assert driver.said[0].token_ids == generate_alone(listening, clip, context=context)
+    context = listening.processor.context(previous_text=previous_text_tail(long))
+    said = generate_alone(listening, clip, prompt="What?", context=context)
+    assert driver.said[1].token_ids == said
 
 
 def test_hotwords_need_a_ctc_head(tmp_path):
     make_tiny_checkpoint(tmp_path / "deaf", ctc="none")
     deaf = Transcriber.from_pretrained(tmp_path / "deaf", device="cpu")
-    deaf.processor.prompt_additions = {"previous_text": " <{}>", "hotwords": " [{}]"}
+    deaf.processor.prompt_additions = {"previous_text": "<{}> ", "hotwords": "[{}] "}
     assert SpeechRunner(deaf, max_slots=1).prompt_additions == {"previous_text"}
 
 

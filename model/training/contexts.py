@@ -1,4 +1,4 @@
-"""Lists of hotwords in the prompts of training clips: words of the transcript, and others."""
+"""What stands before the audio of training clips: lists of hotwords, and text said just before."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from model.hotwords import MAX_LISTED, clean_hotword, list_hotwords
+from model.processing import previous_text_tail
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,10 +19,13 @@ _MAX_OWN = 3  # of a clip's own words in its list
 _MIN_LETTERS = 3  # shorter words are seldom worth a hint
 
 
-class HotwordBatches:
-    """Batches with a prompt for each clip; a share of them lists hotwords.
+class ContextBatches:
+    """Batches with a context for each clip.
 
-    A clip's list is a function of the seed and the batch's place, so a run that is resumed sees
+    The text before a clip is that of another clip of its batch: corpora of single sentences have
+    no other. It teaches to read the audio behind a text, not to take a name from it.
+
+    A clip's context is a function of the seed and the batch's place, so a run that is resumed sees
     the same ones.
     """
 
@@ -29,21 +33,25 @@ class HotwordBatches:
         self,
         batches: EpochBatches,
         processor: SpeechLLMProcessor,
-        share: float,
         seed: tuple[int, ...],
+        *,
+        hotwords_share: float,
+        previous_text_share: float,
     ) -> None:
         """Wrap an epoch's batches.
 
         Args:
             batches: with `target_ids`.
-            processor: of a model whose prompt takes hotwords.
-            share: of the clips that get a list.
+            processor: of a model that is to read what has a share.
             seed: of this epoch and rank.
+            hotwords_share: of the clips that get a list of hotwords.
+            previous_text_share: of the clips that get a text before them.
         """
         self._batches = batches
         self._processor = processor
-        self._share = share
         self._seed = seed
+        self._hotwords_share = hotwords_share
+        self._previous_text_share = previous_text_share
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -53,14 +61,19 @@ class HotwordBatches:
         for index, batch in enumerate(self._batches.iterate(start), start=start):
             rng = np.random.default_rng((*self._seed, index))
             texts = [self._processor.decode_transcript(ids) for ids in batch["target_ids"]]
-            lists = [
-                sample_hotwords(text, texts, rng) if rng.random() < self._share else []
-                for text in texts
-            ]
-            prompts = [
-                self._processor.extended_prompt(hotwords=list_hotwords(words)) for words in lists
-            ]
-            yield {**batch, "prompts": prompts}
+            contexts = [self._context(own, texts, rng) for own in range(len(texts))]
+            yield {**batch, "contexts": contexts}
+
+    def _context(self, own: int, texts: Sequence[str], rng: np.random.Generator) -> str:
+        additions: dict[str, str] = {}
+        if rng.random() < self._previous_text_share:
+            others = [text for index, text in enumerate(texts) if index != own and text]
+            if others:
+                other = others[rng.integers(len(others))]
+                additions["previous_text"] = previous_text_tail(other)
+        if rng.random() < self._hotwords_share:
+            additions["hotwords"] = list_hotwords(sample_hotwords(texts[own], texts, rng))
+        return self._processor.context(**additions)
 
 
 def sample_hotwords(text: str, texts: Sequence[str], rng: np.random.Generator) -> list[str]:
