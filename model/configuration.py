@@ -33,8 +33,8 @@ class SpeechLLMConfig(PreTrainedConfig):
             `ctc`: audio lies beside the text. An embedding stands where the text's token will
             stand that the CTC head hears in it, and the text is numbered as though the audio took
             no positions, so that the place to read from is as far from every token. Needs a head.
-        min_ctc_share: no answer ends before it has this share of the tokens that the CTC head
-            hears, see `model.ctc.fewest_tokens`; 0 lets it end where it likes.
+        ctc_decoding_weight: of the CTC head's scores when an answer is decoded, beside the LLM's
+            that have the rest, see `model.ctc_prefix`; 0 decodes with the LLM alone.
         encoder_mode: `padded` or `trimmed`, see `model.encoder.encode`.
         prompt: what the user turn asks after the audio.
         audio_token_id: id that marks audio positions in `input_ids`; an entry that no text uses.
@@ -64,7 +64,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     ctc: str = "none"
     ctc_tokens: int | None = None
     audio_positions: str = "sequence"
-    min_ctc_share: float = 0.0
+    ctc_decoding_weight: float = 0.0
     encoder_mode: str = "padded"
     prompt: str = DEFAULT_PROMPT
     audio_token_id: int | None = None
@@ -94,10 +94,12 @@ class SpeechLLMConfig(PreTrainedConfig):
         _check_choice("audio_positions", self.audio_positions, get_args(AudioPositions))
         if self.audio_positions == "ctc" and self.ctc == "none":
             raise ValueError("audio_positions 'ctc' needs a CTC head, and ctc is 'none'")
-        if not 0 <= self.min_ctc_share <= 1:
-            raise ValueError(f"min_ctc_share must lie in [0, 1], got {self.min_ctc_share}")
-        if self.min_ctc_share and self.ctc == "none":
-            raise ValueError("min_ctc_share needs a CTC head, and ctc is 'none'")
+        if not 0 <= self.ctc_decoding_weight < 1:
+            raise ValueError(
+                f"ctc_decoding_weight must lie in [0, 1), got {self.ctc_decoding_weight}"
+            )
+        if self.ctc_decoding_weight and self.ctc == "none":
+            raise ValueError("ctc_decoding_weight needs a CTC head, and ctc is 'none'")
         if self.ctc != "none" and self.pad_token_id is None:
             raise ValueError("a CTC head needs pad_token_id, which stands for its blank")
         if self.ctc_tokens is not None and (self.ctc == "none" or self.ctc_tokens < 1):

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_TOKENS_TO_SPARE = 3  # that the head may hear without there being any
-
 
 class CTCHead(nn.Linear):
     """Logits (B, F, K) of the blank and of tokens, from encoder frames (B, F, D).
@@ -104,6 +102,26 @@ class CTCHead(nn.Linear):
             ids = self.token_ids.tolist()
         return {token_id: index for index, token_id in enumerate(ids)}
 
+    def index_of(self, token_id: int) -> int | None:
+        """Index of a token; None for the blank and for what the head cannot put out."""
+        if token_id == self._blank_id or not 0 <= token_id < self.vocab_size:
+            return None
+        if self.token_ids is None:
+            return token_id
+        index = 1 + int(torch.searchsorted(self.token_ids[1:], token_id))
+        is_there = index < len(self.token_ids) and int(self.token_ids[index]) == token_id
+        return index if is_there else None
+
+    def to_vocabulary(self, scores: Tensor, size: int, missing: float) -> Tensor:
+        """Lay scores (K,) out over `size` tokens; those that the head has not get `missing`."""
+        laid_out = scores.new_full((size,), missing)
+        if self.token_ids is None:
+            laid_out[: len(scores)] = scores
+        else:
+            laid_out[self.token_ids.to(scores.device)] = scores
+        laid_out[self._blank_id] = missing
+        return laid_out
+
     def to_token_ids(self, indices: Sequence[int]) -> list[int]:
         """The LLM's tokens of the head's indices."""
         if self.token_ids is None:
@@ -168,25 +186,6 @@ def ctc_token_counts(logits: Tensor, frame_lens: Tensor, blank: int, stack_size:
     # The last stack ends with the last frame there is.
     ends = torch.arange(stack_size, paths.shape[1] + stack_size, stack_size, device=paths.device)
     return counts[:, (ends - 1).clamp(max=paths.shape[1] - 1)]
-
-
-def fewest_tokens(token_counts: Tensor, audio_lens: Tensor, share: float) -> Tensor:
-    """Tokens that an answer has at least, by what the CTC head hears in its clip.
-
-    An LLM that stops behind the first of several sentences loses the rest, and its end token looks
-    like any other. The head reads the audio to its end, and its count of tokens, good or bad, is
-    seldom off by more than a tenth.
-
-    Args:
-        token_counts: (B, N), see `ctc_token_counts`.
-        audio_lens: (B,) valid stacks, at least one.
-        share: of the tokens heard that an answer has at least, but for a few.
-
-    Returns:
-        (B,) int64; 0 where next to nothing is heard, so that noise may stay without text.
-    """
-    heard = token_counts.gather(1, audio_lens[:, None] - 1)[:, 0]
-    return (heard * share - _TOKENS_TO_SPARE).floor().clamp(min=0).long()
 
 
 def ctc_greedy(logits: Tensor, frame_lens: Tensor, blank: int) -> list[list[int]]:

@@ -18,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSpeechSeq2Seq,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
 )
@@ -28,11 +27,11 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from model.configuration import SpeechLLMConfig
 from model.connectors import make_connector
 from model.connectors.stack import stack_frames
-from model.ctc import CTCHead, ctc_token_counts, fewest_tokens
+from model.ctc import CTCHead, ctc_token_counts
+from model.ctc_prefix import JointDecoding, heard_clips
 from model.encoder import encode, length_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import Cache
@@ -78,7 +77,6 @@ class EmbeddedAudio:
         frame_lens: (B,) valid encoder frames.
         token_counts: (B, N) tokens that the CTC head has heard by the end of each embedding's
             stretch; None unless `config.audio_positions` is `ctc`.
-        fewest_tokens: (B,) that an answer has at least; None unless `config.min_ctc_share` is set.
     """
 
     audio_embeds: Tensor
@@ -86,26 +84,6 @@ class EmbeddedAudio:
     ctc_logits: Tensor | None
     frame_lens: Tensor
     token_counts: Tensor | None = None
-    fewest_tokens: Tensor | None = None
-
-
-class GoesOn(LogitsProcessor):
-    """Lets no answer end before it has its fewest tokens."""
-
-    def __init__(self, fewest: Tensor, prompt_len: int, stop_ids: Sequence[int]) -> None:
-        """Begin behind prompts of one length; `fewest` (B,) are those of the clips."""
-        self._fewest = fewest
-        self._prompt_len = prompt_len
-        self._stop_ids = list(stop_ids)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Forbid the end tokens in the scores (R, V) of clips that go on, each of R/B beams."""
-        n_beams = len(scores) // len(self._fewest)
-        goes_on = self._fewest > input_ids.shape[1] - self._prompt_len
-        goes_on = goes_on.repeat_interleave(n_beams)[:, None].to(scores.device)
-        ends = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        ends[self._stop_ids] = True
-        return scores.masked_fill(goes_on & ends, -torch.inf)
 
 
 class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -195,19 +173,16 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoder_frames = encoder_frames.to(next(self.connector.parameters()).dtype)
         adapted = self.connector.adapt(encoder_frames, frame_lens)
         audio_embeds, audio_lens = self.connector(adapted, frame_lens)
-        head, ctc_logits, positions, fewest = self.ctc_head, None, None, None
+        head, ctc_logits, token_counts = self.ctc_head, None, None
         if head is not None:
             ctc_logits = head(adapted)
             if self.config.ctc == "fused":
                 expected = self._expected_token_embeds(head, ctc_logits, frame_lens)
                 audio_embeds = audio_embeds + expected
-            share, beside = self.config.min_ctc_share, self.config.audio_positions == "ctc"
-            if share or beside:
+            if self.config.audio_positions == "ctc":
                 stack_size = self.connector.stack_size
-                counts = ctc_token_counts(ctc_logits, frame_lens, head.blank, stack_size)
-                positions = counts if beside else None
-                fewest = fewest_tokens(counts, audio_lens, share) if share else None
-        return EmbeddedAudio(audio_embeds, audio_lens, ctc_logits, frame_lens, positions, fewest)
+                token_counts = ctc_token_counts(ctc_logits, frame_lens, head.blank, stack_size)
+        return EmbeddedAudio(audio_embeds, audio_lens, ctc_logits, frame_lens, token_counts)
 
     def audio_position_ids(
         self, input_ids: Tensor, attention_mask: Tensor | None, audio: EmbeddedAudio
@@ -358,8 +333,12 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401 - tensors or an output object, as in transformers
-        """Generate as transformers does; no answer ends before `config.min_ctc_share` lets it."""
-        if self.config.min_ctc_share and input_ids is not None:
+        """Generate as transformers does, jointly with the CTC head where the configuration says so.
+
+        See `model.ctc_prefix`; contrastive and assisted decoding have no joint form.
+        """
+        head, weight = self.ctc_head, self.config.ctc_decoding_weight
+        if head is not None and weight and input_ids is not None:
             if "input_features" in kwargs:
                 features = (kwargs.pop("input_features"), kwargs.pop("feature_lens"))
                 kwargs["encoder_frames"], kwargs["frame_lens"] = self.encode(*features)
@@ -367,8 +346,9 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 audio = self.embed_audio(kwargs["encoder_frames"], kwargs["frame_lens"])
                 stop_ids = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
                 stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
-                goes_on = GoesOn(cast("Tensor", audio.fewest_tokens), input_ids.shape[1], stop_ids)
-                logits_processor = LogitsProcessorList([goes_on, *(logits_processor or [])])
+                clips = heard_clips(audio, head, cast("list[int]", stop_ids), weight)
+                joint = JointDecoding(clips, input_ids.shape[1])
+                logits_processor = LogitsProcessorList([*(logits_processor or []), joint])
         return super().generate(input_ids, logits_processor=logits_processor, **kwargs)
 
     def prepare_inputs_for_generation(

@@ -83,8 +83,8 @@ class ConnectorStageConfig(BaseModel):
         0.0, ge=0, le=1, description="share of the clips with the text of another before them"
     )
     previous_text_prompt: str = Field("Before: {}\n", description="what then precedes the audio")
-    min_ctc_share: float | None = Field(
-        None, ge=0, le=1, description="of the checkpoint from now on; None leaves it as it is"
+    ctc_decoding_weight: float | None = Field(
+        None, ge=0, lt=1, description="of the checkpoint from now on; None leaves it as it is"
     )
     feature_augment: bool = True
     spec_augment: bool = True
@@ -318,7 +318,7 @@ class ConnectorStage:
             CheckpointError: the teacher cannot be loaded.
             ValueError: `train_encoder` with cached features, `lora` with `train_llm`, a teacher of
                 other tokens or, with cached features, with another encoder, hotwords without a CTC
-                head or a template to put them in, or `min_ctc_share` without a CTC head.
+                head or a template to put them in, or `ctc_decoding_weight` without a CTC head.
         """
         cached = bool(train) and isinstance(train[0], tuple)
         if cached and config.train_encoder:
@@ -350,20 +350,20 @@ class ConnectorStage:
             if cached
             else SpeechData(train, config.data, processor.text_ids, seed)  # type: ignore[arg-type]
         )
-        self._use_ctc_head()
+        self._decode_jointly(config.ctc_decoding_weight)
         self._use_context()
         self._seed = seed
         self._dev_utterances = dev
         plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
         self._dev = SpeechData(dev, plain, processor.text_ids, seed) if dev else None
 
-    def _use_ctc_head(self) -> None:
-        """Have the checkpoint say what it uses its CTC head for when it answers."""
-        config, has_head = self.config, self.model.ctc_head is not None
-        if config.min_ctc_share is not None:
-            if config.min_ctc_share and not has_head:
-                raise ValueError("min_ctc_share needs a CTC head, and the model has none")
-            self.model.config.min_ctc_share = config.min_ctc_share
+    def _decode_jointly(self, weight: float | None) -> None:
+        """Have the checkpoint say how much its CTC head counts when it answers."""
+        if weight is None:
+            return
+        if weight and self.model.ctc_head is None:
+            raise ValueError("ctc_decoding_weight needs a CTC head, and the model has none")
+        self.model.config.ctc_decoding_weight = weight
 
     def _use_context(self) -> None:
         """Have the checkpoint say what it learns to read before the audio."""

@@ -283,11 +283,9 @@ def train_connector(
     previous_text_prompt: Annotated[
         str, typer.Option(help="What then precedes the audio, with {} for the text.")
     ] = "Before: {}\n",
-    min_ctc_share: Annotated[
+    ctc_decoding_weight: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, help="Of the tokens that the CTC head hears; no answer ends before it."
-        ),
+        typer.Option(min=0, max=1, help="Of the CTC head when an answer is decoded."),
     ] = None,
     spec_augment: Annotated[
         bool, typer.Option(help="SpecAugment, or its like on features.")
@@ -315,8 +313,9 @@ def train_connector(
         label_smoothing=label_smoothing, teacher=teacher, teacher_weight=teacher_weight,
         hotwords_share=hotwords_share, hotwords_prompt=hotwords_prompt,
         previous_text_share=previous_text_share, previous_text_prompt=previous_text_prompt,
-        min_ctc_share=min_ctc_share, feature_augment=spec_augment, spec_augment=spec_augment,
-        stored_dtype=stored_dtype, compile_layers=compile_layers, data=data,
+        ctc_decoding_weight=ctc_decoding_weight, feature_augment=spec_augment,
+        spec_augment=spec_augment, stored_dtype=stored_dtype, compile_layers=compile_layers,
+        data=data,
     )  # fmt: skip
     new = replace(new, seed=loop.seed)
     train: Any = _read(manifest, audio_root)

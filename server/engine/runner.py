@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from model.alignment import ENCODER_FRAME_S, align_words
 from model.ctc import ctc_greedy
+from model.ctc_prefix import heard_clips
 from model.encoder import length_mask
 from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from model.ctc_prefix import HeardClip
     from model.modeling import EmbeddedAudio
     from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
@@ -319,18 +321,25 @@ class SpeechRunner:
         self._slots.begin_prefill(len(plans), after=after)
         self._fill_slots(embeds[:, :-1], position_ids[:, :-1])
         ends = [len(ids) - 1 for ids in laid_out]
-        fewest = [0] * len(plans) if audio.fewest_tokens is None else audio.fewest_tokens.tolist()
+        heard = self._listen(audio)
         return [
             _Row(
                 prompt_tokens=end + 1,
                 last_embed=embeds[row, end],
                 position_offset=int(positions[end]) - end,
-                sampler=TokenSampler(plan.decoding, self.stop_ids, fewest[row]),
+                sampler=TokenSampler(plan.decoding, self.stop_ids, heard[row]),
             )
             for row, (end, positions, plan) in enumerate(
                 zip(ends, position_ids.tolist(), plans, strict=True)
             )
         ]
+
+    def _listen(self, audio: EmbeddedAudio) -> Sequence[HeardClip | None]:
+        """What joint decoding needs of each clip; None where the LLM decodes alone."""
+        head, weight = self._model.ctc_head, self._config.ctc_decoding_weight
+        if head is None or not weight:
+            return [None] * len(audio.audio_lens)
+        return heard_clips(audio, head, self.stop_ids, weight)
 
     def _embed_audio(self, plans: Sequence[Plan]) -> EmbeddedAudio:
         waveforms = [plan.waveform for plan in plans]
@@ -404,7 +413,7 @@ class SpeechRunner:
         before = state.sampler
         penalty = max(before.decoding.repetition_penalty, repetition_penalty)
         decoding = replace(before.decoding, repetition_penalty=penalty)
-        state.sampler = TokenSampler(decoding, before.stop_ids, before.fewest_tokens)
+        state.sampler = TokenSampler(decoding, before.stop_ids, before.heard)
 
     def release(self, row: int, *, failed: bool = False) -> None:
         """Free a row; the last one takes its place. What a `failed` one holds is wiped."""

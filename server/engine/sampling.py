@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.ctc_prefix import CTCPrefix, joint_scores
 from server.engine.beams import candidates_per_beam
 from server.engine.decoding import Candidates, Decoding, Token
 
@@ -19,19 +20,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from model.ctc_prefix import HeardClip
+
 
 class TokenSampler:
     """Chooses the tokens of one sequence. Its randomness is its own, so a batch changes none."""
 
     def __init__(
-        self, decoding: Decoding, stop_ids: Collection[int], fewest_tokens: int = 0
+        self, decoding: Decoding, stop_ids: Collection[int], heard: HeardClip | None = None
     ) -> None:
-        """Begin a sequence that no token of `stop_ids` ends before it has its fewest tokens."""
+        """Begin a sequence that tokens of `stop_ids` end, decoded jointly with what is heard."""
         self.decoding = decoding
         self.stop_ids = stop_ids
-        self.fewest_tokens = fewest_tokens
+        self.heard = heard
+        self.prefix = CTCPrefix.begin(heard) if heard is not None else None
         self.n_candidates = candidates_per_beam(decoding.num_beams, len(stop_ids))
-        self._n_chosen = 0
         self._generated: set[int] = set()
         self._generator: torch.Generator | None = None
         if decoding.temperature > 0:
@@ -43,20 +46,19 @@ class TokenSampler:
 
     def note(self, token_id: int) -> None:
         """Count a chosen token as generated."""
-        self._n_chosen += 1
         self._generated.add(token_id)
+        self._extend(token_id)
 
     def branch(self, token_id: int) -> TokenSampler:
         """Return the sampler of a beam that goes on from this one's with a token."""
         child = copy(self)
-        child._n_chosen += 1
         child._generated = {*self._generated, token_id}
+        child._extend(token_id)
         return child
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether the next token must not be an end token."""
-        return self._n_chosen < self.fewest_tokens
+    def _extend(self, token_id: int) -> None:
+        if self.prefix is not None and token_id not in self.stop_ids:
+            self.prefix = self.prefix.extend(token_id)
 
     def choose(self, logits: Tensor) -> Token:
         """Choose from one row of logits (V,)."""
@@ -71,7 +73,10 @@ class TokenSampler:
         return Token(token_id, logprob)
 
     def adjust(self, scores: Tensor) -> Tensor:
-        """Apply what was asked for to one row of logits or log-probabilities (V,).
+        """Apply what was asked for, and what is heard, to one row of logits or log-probabilities.
+
+        Args:
+            scores: (V,) float32.
 
         Source of the repetition penalty: CTRL, arXiv 1909.05858, in transformers' form.
         """
@@ -82,9 +87,8 @@ class TokenSampler:
             scores = scores.index_copy(
                 0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty)
             )
-        if self.goes_on:
-            ends = torch.tensor([*self.stop_ids], device=scores.device)
-            scores = scores.index_fill(0, ends, -torch.inf)
+        if self.prefix is not None:
+            scores = joint_scores(scores[None], [self.prefix])[0]
         return scores
 
     def _draw(self, scores: Tensor, generator: torch.Generator) -> int:
@@ -108,16 +112,16 @@ def choose_tokens(
     """Choose every row's next token, or a beam's candidates.
 
     Args:
-        logits: (R, V), in the model's dtype; those of end tokens are changed where a row goes on.
+        logits: (R, V), in the model's dtype.
         samplers: one a row.
 
     Returns:
         One a row; None where its logits are not finite.
     """
-    _forbid_ends(logits, samplers)
     # One transfer to the host for all rows; a NaN is the maximum of its row.
     best, ids = logits.max(-1)
     plain, largest = ids.tolist(), best.tolist()
+    _listen(logits, samplers, plain)
     beams = [row for row, sampler in enumerate(samplers) if sampler.decoding.num_beams > 1]
     candidates = _rank(logits, beams, samplers) if beams else {}
     chosen: list[Token | Candidates | None] = []
@@ -134,12 +138,17 @@ def choose_tokens(
     return chosen
 
 
-def _forbid_ends(logits: Tensor, samplers: Sequence[TokenSampler]) -> None:
-    """Take the end tokens from the plain rows that go on, of all (R, V), in place."""
-    going_on = [row for row, each in enumerate(samplers) if each.goes_on and each.decoding.is_plain]
-    if going_on:
-        ends = [[*samplers[row].stop_ids] for row in going_on]
-        logits[torch.tensor(going_on)[:, None], torch.tensor(ends)] = -torch.inf
+def _listen(logits: Tensor, samplers: Sequence[TokenSampler], plain: list[int]) -> None:
+    """Replace the likeliest tokens of those plain rows that are decoded jointly."""
+    prefixes = {
+        row: sampler.prefix
+        for row, sampler in enumerate(samplers)
+        if sampler.prefix is not None and sampler.decoding.is_plain
+    }
+    if prefixes:
+        scores = joint_scores(logits[[*prefixes]], [*prefixes.values()])
+        for row, token_id in zip(prefixes, scores.argmax(-1).tolist(), strict=True):
+            plain[row] = token_id
 
 
 def _rank(

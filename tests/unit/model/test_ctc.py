@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.ctc import CTCHead, ctc_greedy, ctc_loss, ctc_token_counts, fewest_tokens
+from model.ctc import CTCHead, ctc_greedy, ctc_loss, ctc_token_counts
 
 BLANK = 0
 
@@ -23,13 +23,6 @@ def test_tokens_are_counted_up_to_the_end_of_each_stack() -> None:
     assert counts.tolist() == [[1, 1, 3, 3, 4]]
     assert ctc_token_counts(logits, torch.tensor([5]), BLANK, 2)[0, :3].tolist() == [1, 1, 2]
     assert ctc_token_counts(logits, torch.tensor([9]), BLANK, 4).tolist() == [[1, 3, 4]]
-
-
-def test_an_answer_has_its_share_of_the_tokens_heard_but_for_a_few() -> None:
-    counts = torch.tensor([[2, 9, 40], [1, 60, 99], [0, 2, 2]])  # what lies past a row's end is not
-    lens = torch.tensor([3, 2, 3])
-    assert fewest_tokens(counts, lens, 1.0).tolist() == [37, 57, 0]
-    assert fewest_tokens(counts, lens, 0.5).tolist() == [17, 27, 0]
 
 
 def test_greedy_stops_at_the_clip_s_length() -> None:

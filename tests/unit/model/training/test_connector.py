@@ -224,16 +224,18 @@ def test_label_smoothing_raises_the_training_loss_and_leaves_validation_alone(
     assert losses[0.2, True] != losses[0.0, True]
 
 
-def test_the_checkpoint_keeps_the_share_that_its_answers_are_held_to(
-    fresh_model, utterances, tmp_path
-):
-    stage = make_stage(fresh_model, utterances, min_ctc_share=0.9)
-    stage.save(tmp_path / "held")
-    assert load_model(tmp_path / "held").config.min_ctc_share == pytest.approx(0.9)
-    held = fresh_model(min_ctc_share=0.8)
-    kept = ConnectorStage(*held, ConnectorStageConfig(), utterances, [], 0)
-    assert kept.model.config.min_ctc_share == pytest.approx(0.8)
+def test_the_checkpoint_keeps_how_much_its_ctc_head_counts(fresh_model, utterances, tmp_path):
+    stage = make_stage(fresh_model, utterances, ctc_decoding_weight=0.9)
+    stage.save(tmp_path / "joint")
+    assert load_model(tmp_path / "joint").config.ctc_decoding_weight == pytest.approx(0.9)
+    joint = fresh_model(ctc_decoding_weight=0.8)
+    kept = ConnectorStage(*joint, ConnectorStageConfig(), utterances, [], 0)
+    assert kept.model.config.ctc_decoding_weight == pytest.approx(0.8)
     with pytest.raises(ValueError, match="the model has none"):
         ConnectorStage(
-            *fresh_model(ctc="none"), ConnectorStageConfig(min_ctc_share=0.9), utterances, [], 0
+            *fresh_model(ctc="none"),
+            ConnectorStageConfig(ctc_decoding_weight=0.9),
+            utterances,
+            [],
+            0,
         )

@@ -3,6 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
+from model.ctc import CTCHead
+from model.ctc_prefix import HeardClip
 from server.engine.decoding import Candidates, Decoding
 from server.engine.sampling import TokenSampler, choose_tokens
 
@@ -10,8 +12,8 @@ VOCABULARY = 50
 STOP_IDS = frozenset({0, 3})
 
 
-def begin(decoding, fewest_tokens=0):
-    return TokenSampler(decoding, STOP_IDS, fewest_tokens)
+def begin(decoding):
+    return TokenSampler(decoding, STOP_IDS)
 
 
 def logits_of(seed, rows=1):
@@ -99,37 +101,28 @@ def test_the_last_token_can_be_drawn_and_nothing_beyond_it(seed):
     assert draw(Decoding(temperature=1.0, seed=seed), logits) == [VOCABULARY - 1]
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 5),
-            st.sampled_from(
-                [
-                    Decoding(),
-                    Decoding(logprobs=True),
-                    Decoding(temperature=1.3, seed=1),
-                    Decoding(repetition_penalty=1.5),
-                    Decoding(num_beams=3),
-                ]
-            ),
-        ),
-        min_size=1,
-        max_size=6,
-    ),
-    st.integers(0, 1000),
-)
-def test_no_answer_ends_before_its_fewest_tokens_and_any_may_then(rows, seed):
-    samplers = [begin(decoding, fewest) for fewest, decoding in rows]
-    for n_chosen in range(7):
-        logits = logits_of(seed + n_chosen, len(rows))
-        logits[:, [*STOP_IDS]] += 50.0  # every row would rather end
-        plain = logits.clone()
-        for row, choice in enumerate(choose_tokens(logits, samplers)):
+def test_what_is_heard_counts_whatever_else_is_asked_for():
+    head = CTCHead(4, VOCABULARY, blank_id=1)
+    path = [7, 1, 7, 9]
+    ctc_logits = 20.0 * torch.nn.functional.one_hot(torch.tensor(path), VOCABULARY)
+    heard = HeardClip(ctc_logits, head, STOP_IDS, weight=0.9)
+    decodings = [
+        Decoding(),
+        Decoding(logprobs=True),
+        Decoding(temperature=0.1, seed=1),
+        Decoding(repetition_penalty=1.5),
+        Decoding(num_beams=3),
+    ]
+    samplers = [TokenSampler(decoding, STOP_IDS, heard) for decoding in decodings]
+    samplers.append(begin(Decoding()))
+    for step, expected in enumerate([{7}, {7}, {9}, STOP_IDS]):
+        logits = logits_of(step, len(samplers))
+        choices = choose_tokens(logits, samplers)
+        for row, choice in enumerate(choices[:-1]):
             ids = choice.token_ids if isinstance(choice, Candidates) else [choice.id]
-            goes_on = n_chosen < rows[row][0]
-            assert goes_on == STOP_IDS.isdisjoint(ids)
+            assert ids[0] in expected
             if isinstance(choice, Candidates):
                 samplers[row] = samplers[row].branch(ids[0])
-            elif choice.logprob is not None and goes_on:
-                expected = plain[row].log_softmax(-1)[choice.id]
-                torch.testing.assert_close(torch.tensor(choice.logprob), expected)
+        assert choices[-1].id == logits[-1].argmax()
+        of_the_llm = logits[1].log_softmax(-1)[choices[1].id]
+        torch.testing.assert_close(torch.tensor(choices[1].logprob), of_the_llm)
