@@ -113,13 +113,13 @@ class CTCHead(nn.Linear):
         return index if is_there else None
 
     def to_vocabulary(self, scores: Tensor, size: int, missing: float) -> Tensor:
-        """Lay scores (K,) out over `size` tokens; those that the head has not get `missing`."""
-        laid_out = scores.new_full((size,), missing)
+        """Lay scores (…, K) out over `size` tokens; those that the head has not get `missing`."""
+        laid_out = scores.new_full((*scores.shape[:-1], size), missing)
         if self.token_ids is None:
-            laid_out[: len(scores)] = scores
+            laid_out[..., : scores.shape[-1]] = scores
         else:
-            laid_out[self.token_ids.to(scores.device)] = scores
-        laid_out[self._blank_id] = missing
+            laid_out[..., self.token_ids.to(scores.device)] = scores
+        laid_out[..., self._blank_id] = missing
         return laid_out
 
     def to_token_ids(self, indices: Sequence[int]) -> list[int]:

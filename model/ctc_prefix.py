@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from model.modeling import EmbeddedAudio
 
 _NEVER = -1e30  # logarithm of a probability of nothing; differences of it stay finite
+_NEGLIGIBLE = 60.0  # what is less likely than the likeliest by e to this power is left out
 _LEAST_POSTERIOR = 1e-30
 _LEAST_SCORE = -40.0  # of a token: what the head is sure not to hear, the LLM may still write
 _SURELY_BLANK = 0.999
@@ -70,18 +71,23 @@ class HeardClip:
 class CTCPrefix:
     """An answer so far, and where in its clip it may end.
 
+    Of the F' + 1 places before, between and behind the frames, W in a row are kept: those where it
+    may be with more than a negligible probability.
+
     Attributes:
         clip: what was heard.
-        token: (F' + 1,) float64, log-probability that the frames before each say the answer and
-            the last of them its last token.
-        blank: (F' + 1,) the same with a blank in the last frame.
+        start: first of the places.
+        blank: (W,) float64, log-probability that the frames before each place say the answer and
+            the last of them is blank.
+        either: (W,) the same whether the last of them is blank or the answer's last token.
         last: output of the head for its last token; None before the first.
         log_prob: that the clip begins with the answer.
     """
 
     clip: HeardClip
-    token: NDArray[np.float64]
+    start: int
     blank: NDArray[np.float64]
+    either: NDArray[np.float64]
     last: int | None = None
     log_prob: float = 0.0
 
@@ -89,40 +95,115 @@ class CTCPrefix:
     def begin(cls, clip: HeardClip) -> CTCPrefix:
         """The empty answer."""
         blank = np.concatenate([[0.0], clip.log_blank.cumsum()])
-        return cls(clip, np.full_like(blank, _NEVER), blank)
+        return cls(clip, 0, blank, blank)
 
-    def scores(self, vocab_size: int) -> Tensor:
-        """Log-probability of each next token, given the answer so far: (V,) float32.
+    @property
+    def end_log_prob(self) -> float:
+        """That the clip says the answer and nothing more."""
+        reaches_end = self.start + len(self.either) == len(self.clip.log_blank) + 1
+        return float(self.either[-1]) if reaches_end else _NEVER
 
-        An end token has the probability that nothing more is said. What the head has no output
-        for, and its blank, have the least score there is.
+    def paths_of(
+        self, index: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Log-probabilities of the next frames, as many as a token may take: three of (N,).
+
+        That the token of output `index` begins in each; that a frame says it; that one is blank.
         """
-        clip = self.clip
-        before = np.logaddexp(self.token, self.blank)  # that the next token begins in a frame
-        peak = float(before[:-1].max())
-        weights = torch.from_numpy(np.exp(before[:-1] - peak).astype(np.float32))
-        heard = weights @ clip.posteriors  # (K,)
-        if self.last is not None:  # the same token again needs a blank between
-            apart = torch.from_numpy(np.exp(self.blank[:-1] - peak).astype(np.float32))
-            heard[self.last] = apart @ clip.posteriors[:, self.last]
-        heard[clip.blank] = 0.0
-        scores = heard.clamp(min=_LEAST_POSTERIOR).log() + (peak - self.log_prob)
-        scores = clip.head.to_vocabulary(scores, vocab_size, _LEAST_SCORE)
-        scores[clip.stop_ids] = float(before[-1]) - self.log_prob
-        return scores.clamp(min=_LEAST_SCORE, max=0.0)
+        clip, start = self.clip, self.start
+        log_token = _log(clip.by_output[index, start:])
+        log_blank = clip.log_blank[start:]
+        # Behind the last place it stays in each frame at most as likely as that frame allows.
+        n_begin = min(len(self.either), len(log_token))
+        stays = np.maximum(log_token[n_begin:], log_blank[n_begin:]).cumsum()
+        n_frames = n_begin + int(np.searchsorted(-stays, _NEGLIGIBLE))
+        before = self.blank if index == self.last else self.either  # equal ones need a blank
+        enters = np.full(n_frames, _NEVER)
+        enters[:n_begin] = before[:n_begin] + log_token[:n_begin]
+        return enters, log_token[:n_frames], log_blank[:n_frames]
 
     def extend(self, token_id: int) -> CTCPrefix:
-        """The answer with one more token; one that the head has no output for is passed over."""
-        clip = self.clip
-        index = clip.head.index_of(token_id)
-        if index is None:
-            return self
-        log_token = _log(clip.by_output[index])
-        before = self.blank if index == self.last else np.logaddexp(self.token, self.blank)
-        enters = before[:-1] + log_token
-        token = _accumulate(enters, log_token)
-        blank = _accumulate(token[:-1] + clip.log_blank, clip.log_blank)
-        return CTCPrefix(clip, token, blank, index, float(np.logaddexp.reduce(enters)))
+        """The answer with one more token."""
+        return extend_prefixes([self], [token_id])[0]
+
+
+def extend_prefixes(prefixes: Sequence[CTCPrefix], token_ids: Sequence[int]) -> list[CTCPrefix]:
+    """Add a token to each of R answers; one that the head has no output for is passed over.
+
+    Together, for the arrays are short: what costs is the number of calls.
+    """
+    extended = list(prefixes)
+    grown: list[tuple[int, int]] = []  # row, output of its token
+    paths: list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]] = []
+    for row, (prefix, token_id) in enumerate(zip(prefixes, token_ids, strict=True)):
+        index = prefix.clip.head.index_of(token_id)
+        if index is not None:
+            grown.append((row, index))
+            paths.append(prefix.paths_of(index))
+    if not grown:
+        return extended
+    lengths = [len(path[0]) for path in paths]
+    enters = np.full((len(paths), max(1, *lengths)), _NEVER)
+    log_token, log_blank = np.zeros_like(enters), np.zeros_like(enters)
+    for row, (first, second, third) in enumerate(paths):
+        enters[row, : len(first)] = first
+        log_token[row, : len(second)] = second
+        log_blank[row, : len(third)] = third
+    token = _accumulate(enters, log_token)
+    blank = np.full_like(token, _NEVER)
+    blank[:, 1:] = token[:, :-1]
+    blank = _accumulate(blank + log_blank, log_blank)
+    either = np.logaddexp(token, blank)
+    either[np.arange(either.shape[1]) >= np.array(lengths)[:, None]] = _NEVER
+    peaks = enters.max(1, keepdims=True)
+    log_probs = (peaks[:, 0] + np.log(np.exp(enters - peaks).sum(1))).tolist()
+    kept = either > either.max(1, keepdims=True) - _NEGLIGIBLE
+    firsts = kept.argmax(1).tolist()
+    ends = (kept.shape[1] - kept[:, ::-1].argmax(1)).tolist()
+    for at, (row, index) in enumerate(grown):
+        before, window = prefixes[row], slice(firsts[at], ends[at])
+        extended[row] = CTCPrefix(
+            before.clip,
+            before.start + 1 + firsts[at],
+            blank[at, window],
+            either[at, window],
+            index,
+            log_probs[at],
+        )
+    return extended
+
+
+def prefix_scores(prefixes: Sequence[CTCPrefix], vocab_size: int) -> Tensor:
+    """Log-probability of each next token, given the answer so far: (R, V) float32, on the host.
+
+    An end token has the probability that nothing more is said. What the head has no output for,
+    and its blank, have the least score there is.
+
+    Args:
+        prefixes: R answers so far, all of one head and with the same end tokens.
+        vocab_size: V.
+    """
+    clip = prefixes[0].clip
+    heard = torch.empty(len(prefixes), clip.posteriors.shape[1])
+    heard_array = heard.numpy()
+    offsets: list[float] = []
+    for row, prefix in enumerate(prefixes):
+        own, first, peak = prefix.clip, prefix.start, float(prefix.either.max())
+        frames = own.posteriors[first : first + len(prefix.either)]  # none behind the last place
+        n_frames = frames.shape[0]
+        weights = np.exp(prefix.either[:n_frames] - peak).astype(np.float32)
+        torch.mv(frames.T, torch.from_numpy(weights), out=heard[row])
+        if prefix.last is not None:  # the same token again needs a blank between
+            apart = np.exp(prefix.blank[:n_frames] - peak)
+            column = own.by_output[prefix.last, first : first + n_frames]
+            heard_array[row, prefix.last] = apart @ column
+        offsets.append(peak - prefix.log_prob)
+    heard_array[:, clip.blank] = 0.0
+    scores = heard.clamp_(min=_LEAST_POSTERIOR).log_().add_(torch.tensor(offsets)[:, None])
+    scores = clip.head.to_vocabulary(scores, vocab_size, _LEAST_SCORE)
+    ends = torch.tensor([prefix.end_log_prob - prefix.log_prob for prefix in prefixes])
+    scores[:, clip.stop_ids] = ends[:, None]
+    return scores.clamp_(min=_LEAST_SCORE, max=0.0)
 
 
 def _log(probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -132,10 +213,10 @@ def _log(probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _accumulate(enters: NDArray[np.float64], stays: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Solve x[t] = log(exp(x[t-1] + stays[t]) + exp(enters[t])) from nothing on: (F' + 1,)."""
-    total = stays.cumsum()
-    inside = total + np.logaddexp.accumulate(enters - total)
-    return np.concatenate([[_NEVER], np.maximum(inside, _NEVER)])
+    """Solve x[t] = log(exp(x[t-1] + stays[t]) + exp(enters[t])) from nothing on: (R, N)."""
+    total = stays.cumsum(1)
+    inside: NDArray[np.float64] = total + np.logaddexp.accumulate(enters - total, axis=1)
+    return np.maximum(inside, _NEVER)
 
 
 def heard_clips(
@@ -160,7 +241,7 @@ def joint_scores(scores: Tensor, prefixes: Sequence[CTCPrefix]) -> Tensor:
     Returns:
         (R, V) float32; what the LLM excludes stays excluded.
     """
-    heard = torch.stack([prefix.scores(scores.shape[-1]) for prefix in prefixes])
+    heard = prefix_scores(prefixes, scores.shape[-1])
     weight = prefixes[0].clip.weight
     return scores.float() * (1 - weight) + heard.to(scores.device) * weight
 
@@ -180,22 +261,19 @@ class JointDecoding(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Weigh the scores (R, V) of answers that have not ended."""
         n_beams = len(scores) // self._n_clips
-        prefixes: dict[tuple[int, tuple[int, ...]], CTCPrefix] = {}
-        rows: list[int] = []
-        answers: list[tuple[int, tuple[int, ...]]] = []
-        for row, ids in enumerate(input_ids[:, self._prompt_len :].tolist()):
-            if not self._stop_ids.isdisjoint(ids):
-                continue
-            key = (row // n_beams, tuple(ids))
-            if key not in prefixes:
-                known = self._prefixes.get(key)
-                if known is None:
-                    known = self._prefixes[key[0], key[1][:-1]].extend(ids[-1])
-                prefixes[key] = known
-            rows.append(row)
-            answers.append(key)
-        self._prefixes = prefixes
-        if rows:
-            scores = scores.float().clone()
-            scores[rows] = joint_scores(scores[rows], [prefixes[key] for key in answers])
+        answers = {
+            row: (row // n_beams, tuple(ids))
+            for row, ids in enumerate(input_ids[:, self._prompt_len :].tolist())
+            if self._stop_ids.isdisjoint(ids)
+        }
+        if not answers:
+            return scores
+        new = [each for each in dict.fromkeys(answers.values()) if each not in self._prefixes]
+        parents = [self._prefixes[clip, ids[:-1]] for clip, ids in new]
+        grown = extend_prefixes(parents, [ids[-1] for _, ids in new])
+        known = self._prefixes | dict(zip(new, grown, strict=True))
+        self._prefixes = {each: known[each] for each in answers.values()}
+        rows = [*answers]
+        scores = scores.float().clone()
+        scores[rows] = joint_scores(scores[rows], [known[each] for each in answers.values()])
         return scores

@@ -15,7 +15,7 @@ from synthesise import ORDERS_MANIFEST, comparable
 from tqdm import tqdm
 
 from model.data.audio import load_audio
-from model.whisper_baseline import WhisperTranscriber
+from model.evaluation.decoding import SpeechTranscriber, load_transcriber
 
 BATCH_SIZE = 16
 MAX_WORDS_BESIDE_SLOTS = 14
@@ -30,7 +30,7 @@ def says_slots(text: str, slots: dict[str, str]) -> bool:
     return fits and all(f" {value} " in words for value in values)
 
 
-def pseudo_label(rows: list[Row], transcriber: WhisperTranscriber) -> list[Row]:
+def pseudo_label(rows: list[Row], transcriber: SpeechTranscriber) -> list[Row]:
     """Rows with transcripts, of those that can be trusted."""
     kept = []
     ordered = sorted(rows, key=lambda row: float(row["duration"]))
@@ -50,13 +50,11 @@ def main() -> None:
     """Write a manifest of the trusted transcripts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--whisper", type=Path, required=True, help="fine-tuned by stage 1")
+    parser.add_argument("--model", type=Path, required=True, help="a Whisper or a speech LLM")
     parser.add_argument("--output", type=Path, required=True, help="manifest to write")
     options = parser.parse_args()
     rows = read_rows(options.data_dir / "manifests" / f"{ORDERS_MANIFEST}.jsonl", options.data_dir)
-    write_rows(
-        options.output, pseudo_label(rows, WhisperTranscriber.from_pretrained(options.whisper))
-    )
+    write_rows(options.output, pseudo_label(rows, load_transcriber(options.model, "auto")))
 
 
 if __name__ == "__main__":

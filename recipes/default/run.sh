@@ -37,7 +37,7 @@ speechllm train whisper --manifest "$prepared/train.jsonl" "${human[@]}" \
     --max-batch-audio-s 80 --output "$work/whisper"
 
 # Many voices without transcripts: those that Whisper now transcribes as they are labelled.
-python "$here/pseudo_label.py" --data-dir "$data" --whisper "$work/whisper" \
+python "$here/pseudo_label.py" --data-dir "$data" --model "$work/whisper" \
     --output "$prepared/picovoice.jsonl"
 
 # Decoder and CTC head again, for the encoder as it is now, with those voices and a third of the
@@ -79,7 +79,7 @@ speechllm train connector --cache "$work/cache" --cache "$work/cache_human" \
 
 # And again, with the other half of the synthetic speech, more copies, strings of digits, and the
 # orders of those voices too that Whisper has learnt to transcribe meanwhile.
-python "$here/pseudo_label.py" --data-dir "$data" --whisper "$work/whisper2" \
+python "$here/pseudo_label.py" --data-dir "$data" --model "$work/whisper2" \
     --output "$prepared/picovoice2.jsonl"
 awk 'NR % 2 == 1 || /"text": ""/' "$prepared/train.jsonl" >"$work/train_other_half.jsonl"
 encode --manifest "$work/train_other_half.jsonl" --output "$work/cache2"

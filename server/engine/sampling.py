@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.ctc_prefix import CTCPrefix, joint_scores
+from model.ctc_prefix import CTCPrefix, extend_prefixes, joint_scores
 from server.engine.beams import candidates_per_beam
 from server.engine.decoding import Candidates, Decoding, Token
 
@@ -45,20 +45,16 @@ class TokenSampler:
                 self._generator.manual_seed(decoding.seed)
 
     def note(self, token_id: int) -> None:
-        """Count a chosen token as generated."""
+        """Count a chosen token as generated; `prefix` is for the caller to extend."""
         self._generated.add(token_id)
-        self._extend(token_id)
 
     def branch(self, token_id: int) -> TokenSampler:
         """Return the sampler of a beam that goes on from this one's with a token."""
         child = copy(self)
         child._generated = {*self._generated, token_id}
-        child._extend(token_id)
+        if child.prefix is not None:
+            child.prefix = child.prefix.extend(token_id)
         return child
-
-    def _extend(self, token_id: int) -> None:
-        if self.prefix is not None and token_id not in self.stop_ids:
-            self.prefix = self.prefix.extend(token_id)
 
     def choose(self, logits: Tensor) -> Token:
         """Choose from one row of logits (V,)."""
@@ -135,7 +131,22 @@ def choose_tokens(
             token = Token(plain[row]) if is_plain else sampler.choose(logits[row])
             sampler.note(token.id)
             chosen.append(token)
+    _follow(samplers, chosen)
     return chosen
+
+
+def _follow(samplers: Sequence[TokenSampler], chosen: Sequence[Token | Candidates | None]) -> None:
+    """Extend the prefixes of those that have chosen a token and go on."""
+    followed = [
+        (sampler, sampler.prefix, token.id)
+        for sampler, token in zip(samplers, chosen, strict=True)
+        if isinstance(token, Token)
+        and sampler.prefix is not None
+        and token.id not in sampler.stop_ids
+    ]
+    extended = extend_prefixes([each[1] for each in followed], [each[2] for each in followed])
+    for (sampler, _, _), prefix in zip(followed, extended, strict=True):
+        sampler.prefix = prefix
 
 
 def _listen(logits: Tensor, samplers: Sequence[TokenSampler], plain: list[int]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.ctc import CTCHead
-from model.ctc_prefix import CTCPrefix, HeardClip
+from model.ctc_prefix import CTCPrefix, HeardClip, prefix_scores
 
 VOCABULARY, BLANK, END = 7, 1, 2
 SOME = [3, 5]  # what a head over some tokens covers
@@ -27,6 +27,10 @@ def listen(seed: int, n_frames: int, head: CTCHead) -> tuple[torch.Tensor, Heard
     n_outputs = head.out_features
     logits = 2 * torch.randn(n_frames, n_outputs, generator=torch.Generator().manual_seed(seed))
     return logits.double().softmax(-1), HeardClip(logits, head, [END], 0.3)
+
+
+def scores_of(prefix: CTCPrefix) -> torch.Tensor:
+    return prefix_scores([prefix], VOCABULARY)[0]
 
 
 def sentences(posteriors: torch.Tensor, head: CTCHead) -> dict[tuple[int, ...], float]:
@@ -59,7 +63,7 @@ def test_scores_are_those_of_the_sum_over_all_paths(seed: int, n_tokens: int | N
         if so_far < 1e-12:  # more tokens than frames
             continue
         assert prefix.log_prob == pytest.approx(math.log(so_far), abs=1e-5)
-        scores = prefix.scores(VOCABULARY)
+        scores = scores_of(prefix)
         for token in (3, 5):
             share = begins(sums, (*answer, token)) / so_far
             if share > 1e-12:
@@ -89,9 +93,9 @@ def test_whatever_was_said_the_next_token_is_one_of_those_that_are_scored(
             break
         assert longer.log_prob <= prefix.log_prob + 1e-6
         prefix = longer
-    scores = prefix.scores(VOCABULARY)
+    scores = scores_of(prefix)
     # The end token's own output is taken for the end of the answer.
-    as_output = CTCPrefix.extend(prefix, END).log_prob - prefix.log_prob
+    as_output = prefix.extend(END).log_prob - prefix.log_prob
     assert scores.exp().sum() + math.exp(as_output) == pytest.approx(1.0, abs=1e-3)
 
 
@@ -103,9 +107,9 @@ def test_runs_of_silence_change_nothing_but_the_work() -> None:
     assert len(clip.posteriors) == 7
     prefix = CTCPrefix.begin(clip)
     for token in (3, 3, 5):
-        assert prefix.scores(VOCABULARY).argmax() == token
+        assert scores_of(prefix).argmax() == token
         prefix = prefix.extend(token)
-    assert prefix.scores(VOCABULARY).argmax() == END
+    assert scores_of(prefix).argmax() == END
 
 
 def test_a_token_without_an_output_leaves_the_place_as_it_was() -> None:
@@ -124,4 +128,4 @@ def test_an_hour_of_nothing_heard_keeps_every_score_finite() -> None:
     prefix = CTCPrefix.begin(clip)
     for token in [3, 3, 5, 0, 6] * 8:
         prefix = prefix.extend(token)
-        assert prefix.scores(VOCABULARY).isfinite().all()
+        assert scores_of(prefix).isfinite().all()
