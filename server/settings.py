@@ -5,14 +5,21 @@ The command line makes its flags and their help from the fields here.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 ENV_PREFIX = "SPEECHLLM_"
+
+# The client reads the first, tests and benchmarks the second.
+_OTHER_VARIABLES = frozenset({f"{ENV_PREFIX}API_KEY", f"{ENV_PREFIX}SHARED_DATA"})
 
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
@@ -231,6 +238,40 @@ class Settings(BaseSettings):
     def preferred_sizes(self) -> tuple[int, ...]:
         """The preferred batch sizes as numbers."""
         return _sizes(self.preferred_batch_sizes)
+
+
+def flag_of(field: str) -> str:
+    """The flag of `speechllm serve` that sets a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+def variable_of(field: str) -> str:
+    """The environment variable that sets a field."""
+    return f"{ENV_PREFIX}{field.upper()}"
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
+    """Find variables that look like settings and set nothing.
+
+    Args:
+        names: of the environment's variables; capitals make no difference, as in reading settings.
+
+    Returns:
+        Each such name with that of the setting that may be meant, None where none is close.
+    """
+    known = _OTHER_VARIABLES.union(map(variable_of, Settings.model_fields))
+    return {
+        name: _closest_variable(name)
+        for name in sorted(names)
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+    }
+
+
+def _closest_variable(name: str) -> str | None:
+    # Without the prefix, which would make any two of them alike.
+    rest = name[len(ENV_PREFIX) :].lower()
+    found = difflib.get_close_matches(rest, Settings.model_fields, n=1)
+    return variable_of(found[0]) if found else None
 
 
 def _parts(value: str) -> tuple[str, ...]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import os
 import signal
 import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.settings import ENV_PREFIX, Settings
+from server.settings import Settings, flag_of, unknown_variables, variable_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from uvicorn import Server
 
     from server.runtime import Runtime
+
+_log = logging.getLogger(__name__)
 
 _FAILED = 1
 _BAD_USAGE = 2
@@ -34,8 +38,8 @@ def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
     parameters = []
     for name, field in Settings.model_fields.items():
         option = typer.Option(
-            f"--{name.replace('_', '-')}",
-            help=f"{field.description} \\[env: {ENV_PREFIX}{name.upper()}]",
+            flag_of(name),
+            help=f"{field.description} \\[env: {variable_of(name)}]",
             show_default=str(field.default),
         )
         # Typer shows the default; None tells a flag that was given from one that was not.
@@ -63,8 +67,8 @@ def _settings(options: dict[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
-        flag = f"--{name.replace('_', '-')} / {ENV_PREFIX}{name.upper()}"
-        typer.echo(f"error: {flag}: {first['msg'].removeprefix('Value error, ')}", err=True)
+        option = f"{flag_of(name)} / {variable_of(name)}"
+        typer.echo(f"error: {option}: {first['msg'].removeprefix('Value error, ')}", err=True)
         raise typer.Exit(_BAD_USAGE) from error
 
 
@@ -81,6 +85,7 @@ def serve(settings: Settings) -> None:
     from server.log import configure_logging
 
     configure_logging(settings.log_level)
+    _warn_of_variables(settings)
     listener = _listen(settings.host, settings.port)
     # uvicorn raises its signals again once it has drained; the default handlers would then report
     # a good end as a death by signal.
@@ -109,6 +114,26 @@ def serve(settings: Settings) -> None:
     if runtime.failure is not None:
         typer.echo(f"error: cannot serve {settings.model}: {runtime.failure}", err=True)
         raise typer.Exit(_FAILED)
+
+
+def _warn_of_variables(settings: Settings) -> None:
+    """Tell of variables without the effect that their names promise.
+
+    They are not refused: an orchestrator may set some of its own, as Kubernetes does for a service
+    whose name is `speechllm`.
+    """
+    from server.client import API_KEY_VARIABLE
+
+    for name, meant in unknown_variables(os.environ).items():
+        hint = f"; is {meant} meant?" if meant else ""
+        _log.warning("%s sets nothing: there is no such setting%s", name, hint)
+    has_keys = settings.api_keys.get_secret_value() or settings.api_keys_file
+    if os.environ.get(API_KEY_VARIABLE) and not has_keys:
+        _log.warning(
+            "%s is read by clients only, and this server lets everybody in; is %s meant?",
+            API_KEY_VARIABLE,
+            variable_of("api_keys"),
+        )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,5 +1,7 @@
 """`speechllm serve` as a process of its own, over real sockets."""
 
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -209,6 +211,36 @@ def test_a_bad_option_is_one_clear_line():
     assert line.startswith("error: --max-batch-size / SPEECHLLM_MAX_BATCH_SIZE: ")
 
 
-def run_serve(*arguments):
+def test_variables_without_the_effect_that_their_names_promise_are_warned_of(
+    start_server, tiny_checkpoint
+):
+    env = {
+        "SPEECHLLM_MAX_BATCH_SIZ": "secret", "SPEECHLLM_KUBERNETES": "secret",
+        "SPEECHLLM_API_KEY": "secret", "SPEECHLLM_SHARED_DATA": "secret", "SPEECHLLM_DEVICE": "cpu",
+    }  # fmt: skip
+    with start_server("--model", tiny_checkpoint, env=env) as (process, _):
+        pass
+    lines = [json.loads(line) for line in process.log]
+    warnings = [line["message"] for line in lines if line["level"] == "warning"]
+    assert len(warnings) == 3, warnings
+    assert warnings[0] == "SPEECHLLM_KUBERNETES sets nothing: there is no such setting"
+    assert "is SPEECHLLM_MAX_BATCH_SIZE meant?" in warnings[1]
+    assert warnings[2].startswith("SPEECHLLM_API_KEY ")
+    assert "is SPEECHLLM_API_KEYS meant?" in warnings[2]
+    assert "secret" not in "".join(process.log)
+
+
+def test_a_clients_key_beside_the_servers_is_nothing_to_warn_of():
+    env = {"SPEECHLLM_API_KEY": "a-key-of-a-client", "SPEECHLLM_API_KEYS": "too-short"}
+    ended = run_serve("--port", 0, env=env)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
+def run_serve(*arguments, env=None):
     command = [sys.executable, "-m", "server.cli", "serve", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from server.settings import Settings
+from server.settings import Settings, unknown_variables, variable_of
 
 
 def test_an_environment_variable_sets_a_field(monkeypatch):
@@ -56,3 +56,23 @@ def test_origins_and_aliases_are_between_commas():
     assert settings.origins == ("https://a.org", "http://localhost:3000")
     assert settings.aliases == ("a", "b")
     assert Settings().origins == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SPEECHLLM_MAX_BATCH_SIZ", "SPEECHLLM_MAX_BATCH_SIZE"),
+        ("SPEECHLLM_THREADS", "SPEECHLLM_CPU_THREADS"),
+        ("speechllm_modle", "SPEECHLLM_MODEL"),
+        ("SPEECHLLM_KUBERNETES", None),
+        ("SPEECHLLM_", None),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_found_with_the_one_that_may_be_meant(name, meant):
+    assert unknown_variables([name, "PATH"]) == {name: meant}
+
+
+def test_variables_that_are_read_are_not_taken_for_misspelt():
+    known = [variable_of(name) for name in Settings.model_fields]
+    known += ["speechllm_port", "SPEECHLLM_API_KEY", "SPEECHLLM_SHARED_DATA"]
+    assert unknown_variables(known) == {}
