@@ -48,8 +48,7 @@ class Runtime:
             on_failure: called when loading has failed or the engine has died, to end the process.
 
         Raises:
-            ValueError: an API key is malformed.
-            OSError: the file of API keys cannot be read.
+            SettingError: an API key is malformed, or the file of API keys cannot be read.
         """
         self.settings = settings
         self.engine = engine

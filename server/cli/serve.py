@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.settings import Settings, flag_of, unknown_variables, variable_of
+from server.settings import (
+    SettingError,
+    Settings,
+    flag_of,
+    read_settings,
+    unknown_variables,
+    variable_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,15 +67,10 @@ def _flag_type(annotation: Any) -> Any:  # noqa: ANN401 - a type expression
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from pydantic import ValidationError
-
     try:
-        return Settings(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        option = f"{flag_of(name)} / {variable_of(name)}"
-        typer.echo(f"error: {option}: {first['msg'].removeprefix('Value error, ')}", err=True)
+        return read_settings(**options)
+    except SettingError as error:
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(_BAD_USAGE) from error
 
 
@@ -93,7 +95,7 @@ def serve(settings: Settings) -> None:
         signal.signal(number, lambda _number, _frame: None)
     try:
         app = create_app(settings, on_failure=lambda: _end(server))
-    except (ValueError, OSError) as error:
+    except SettingError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(_BAD_USAGE) from error
     runtime: Runtime = app.state.runtime

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -197,18 +198,63 @@ def test_a_port_in_use_is_one_clear_line(tiny_checkpoint):
     assert ended.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
-def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
-    ended = run_serve("--model", tmp_path / "nothing", "--port", 0)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max-batch-size", "0"),
+        ("dtype", "int3"),
+        ("device", "gpu"),
+        ("device", "cuda:99"),
+        ("model", "/nothing/here"),
+        ("model", "docs"),
+        ("api-keys", "short"),
+        ("api-keys-file", "/nothing/here"),
+    ],
+)
+def test_a_bad_option_is_one_line_that_names_it_and_nothing_listens(option, value):
+    ended = run_serve("--port", 0, f"--{option}", value)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    variable = f"SPEECHLLM_{option.replace('-', '_').upper()}"
+    assert line.startswith(f"error: --{option} / {variable}: ")
+
+
+def test_a_bad_variable_is_one_line_that_names_it():
+    ended = run_serve("--port", 0, env={"SPEECHLLM_DEVICE": "gpu"})
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: --device / SPEECHLLM_DEVICE: ")
+
+
+def test_weights_that_cannot_be_loaded_end_the_process(tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    weights = tmp_path / "broken" / "connector.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ended = run_serve("--model", tmp_path / "broken", "--device", "cpu", "--port", 0)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: cannot serve {tmp_path / 'nothing'}: ")
+    assert line.startswith(f"error: cannot serve {tmp_path / 'broken'}: {weights}: ")
 
 
-def test_a_bad_option_is_one_clear_line():
-    ended = run_serve("--max-batch-size", 0)
-    assert ended.returncode == 2
+def test_a_hub_id_is_served_from_the_hubs_cache(start_server, tmp_path, tiny_checkpoint):
+    cached = tmp_path / "models--someone--speech-llm"
+    shutil.copytree(tiny_checkpoint, cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    options = ("--model", "someone/speech-llm", "--device", "cpu")
+    with start_server(*options, env={"HF_HUB_CACHE": str(tmp_path)}) as (_, client):
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert "someone/speech-llm" in names
+        assert post(client, encode(tone(0.2))).status_code == 200
+
+
+def test_a_hub_id_that_is_not_to_be_had_ends_the_process(tmp_path):
+    ended = run_serve(
+        "--model", "someone/nothing", "--port", 0, env={"HF_HUB_CACHE": str(tmp_path)}
+    )
+    assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: --max-batch-size / SPEECHLLM_MAX_BATCH_SIZE: ")
+    assert line.startswith("error: cannot serve someone/nothing: someone/nothing: no such folder")
 
 
 def test_variables_without_the_effect_that_their_names_promise_are_warned_of(
