@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -32,7 +33,8 @@ _log = logging.getLogger(__name__)
 
 _FAILED = 1
 _BAD_USAGE = 2
-_CLOSE_CONNECTIONS_S = 5  # beyond draining, for the answers to get out
+_CLOSE_CONNECTIONS_S = 5  # after draining, for the answers to get out
+_LOOK_AGAIN_S = 0.1
 
 
 def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
@@ -108,7 +110,7 @@ def serve(settings: Settings) -> None:
         ws="websockets-sansio",
         ws_max_size=MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,  # of little use for sound, and its window costs memory
-        timeout_graceful_shutdown=round(settings.drain_timeout_s) + _CLOSE_CONNECTIONS_S,
+        timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
     )
     server = _draining_server(config, runtime)
     _announce(settings, listener)
@@ -157,12 +159,14 @@ def _draining_server(config: Any, runtime: Runtime) -> Server:  # noqa: ANN401 -
     import uvicorn
 
     class DrainingServer(uvicorn.Server):
-        """Tells the runtime before the connections are closed."""
+        """Finishes what is in flight before it stops to listen."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            runtime.begin_drain()
-            # uvicorn would cut these off at once.
-            await runtime.open_sessions.drain(runtime.settings.drain_timeout_s)
+            # uvicorn would cut live sessions off at once, and refuse the connections of those who
+            # are to be told that this server takes no more.
+            drained = runtime.begin_drain()
+            while not drained.done() and not self.force_exit:  # a second Ctrl-C
+                await asyncio.wait([drained], timeout=_LOOK_AGAIN_S)
             await super().shutdown(sockets)
 
     return DrainingServer(config)

@@ -190,6 +190,30 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(start_server, tiny_
         assert work.result().status_code == 200
 
 
+def test_who_comes_while_the_server_drains_is_told_so(start_server, tiny_checkpoint):
+    # A piece at a time: much is left to do when the signal comes.
+    files = {"file": ("a", encode(speechlike(60), form="mp3"))}
+    with (
+        start_server(
+            "--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1",
+            "--max-excerpts-in-flight", "1", "--drain-timeout-s", "300",
+        ) as (process, client),
+        client.stream("POST", "/transcribe", files=files, data={"stream": "true"}) as response,
+    ):  # fmt: skip
+        lines = response.iter_lines()
+        next(lines)
+        process.process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=client.base_url, timeout=60) as other:
+            while other.get("/health/ready").json()["status"] == "ready":
+                pass  # the signal is on its way
+            ready = other.get("/health/ready")
+            refused = post(other, encode(tone(0.2)))
+        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert "transcript.text.done" in "".join(lines)
+        assert process.process.wait(60) == 0
+
+
 def test_a_port_in_use_is_one_clear_line(tiny_checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
