@@ -28,6 +28,13 @@ def test_a_key_names_its_owner_and_others_are_refused():
             ring.owner(wrong)
 
 
+def test_no_key_of_a_thousand_wrong_ones_is_taken():
+    ring = KeyRing([f"alice:{ALICE}", BOB])
+    for number in range(1000):
+        with pytest.raises(ApiKeyError):
+            ring.owner(f"{ALICE}{number}")
+
+
 @pytest.mark.parametrize(
     "entries",
     [["short"], ["a b" * 10], [f"näme:{ALICE}"], [ALICE, ALICE], [f"a:{ALICE}", f"a:{BOB}"]],
