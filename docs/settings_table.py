@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import SecretStr
 
-from server.settings import ENV_PREFIX, Settings
+from server.settings import Settings, flag_of, variable_of
 
 PLACE = "<!-- settings -->"
 
@@ -27,6 +27,5 @@ def settings_table() -> str:
         text = (field.description or "").replace("|", "\\|")
         if choices := [each for each in get_args(field.annotation) if isinstance(each, str)]:
             text += f" One of {', '.join(choices)}."
-        flag = f"--{name.replace('_', '-')}"
-        rows.append(f"| `{flag}`<br>`{ENV_PREFIX}{name.upper()}` | {shown} | {text} |")
+        rows.append(f"| `{flag_of(name)}`<br>`{variable_of(name)}` | {shown} | {text} |")
     return "\n".join(rows)

@@ -18,6 +18,7 @@ from server.engine.continuous import ContinuousEngine
 from server.engine.interface import Guards
 from server.engine.scheduler import ScheduleLimits
 from server.metrics import Metrics
+from server.preflight import check_model_settings
 from server.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -41,11 +42,12 @@ def create_app(
         on_failure: called when the model cannot be loaded or has died for good, to end the process.
 
     Raises:
-        ValueError: an API key is malformed.
-        OSError: the file of API keys cannot be read.
+        SettingError: an API key is malformed, or the file of API keys cannot be read; without an
+            engine, also if there is no such checkpoint or device.
     """
     metrics = Metrics()
     if engine is None:
+        check_model_settings(settings)
         engine = build_engine(settings, metrics)
     runtime = Runtime(settings, engine, metrics, on_failure=on_failure)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.errors import ApiKeyError, RateLimitedError
+from server.settings import SettingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,14 +59,18 @@ class KeyRing:
         """Gather keys from a list separated by commas and from a file, one a line.
 
         Raises:
-            ValueError: an entry is not right, or the file has none.
-            OSError: the file cannot be read.
+            SettingError: an entry is not right, or the file has none or cannot be read.
         """
-        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-        in_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if path and not in_file:  # without keys, everybody would be let in
-            raise ValueError(f"the file of API keys {path} holds none")
-        return cls([*(key.strip() for key in keys.split(",") if key.strip()), *in_file])
+        listed = [key.strip() for key in keys.split(",") if key.strip()]
+        in_file = _read_keys(path) if path else []
+        try:
+            cls(listed)  # first by itself, so that a fault is told of where it lies
+        except ValueError as error:
+            raise SettingError("api_keys", str(error)) from error
+        try:
+            return cls([*listed, *in_file])
+        except ValueError as error:
+            raise SettingError("api_keys_file", str(error)) from error
 
     def __len__(self) -> int:
         """Return how many keys are taken; none means that everybody may come."""
@@ -88,6 +93,19 @@ class KeyRing:
         if found is None:
             raise ApiKeyError("the API key is not one that this server knows")
         return found
+
+
+def _read_keys(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise SettingError("api_keys_file", f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingError("api_keys_file", f"{path} is not a text in UTF-8") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:  # without keys, everybody would be let in
+        raise SettingError("api_keys_file", f"the file of API keys {path} holds none")
+    return keys
 
 
 def _digest(key: str) -> bytes:

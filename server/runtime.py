@@ -48,8 +48,7 @@ class Runtime:
             on_failure: called when loading has failed or the engine has died, to end the process.
 
         Raises:
-            ValueError: an API key is malformed.
-            OSError: the file of API keys cannot be read.
+            SettingError: an API key is malformed, or the file of API keys cannot be read.
         """
         self.settings = settings
         self.engine = engine
@@ -146,11 +145,16 @@ class Runtime:
         _log.debug("the model failed", exc_info=error)
         self._on_failure()
 
-    def begin_drain(self) -> None:
-        """Take no more requests; those in flight get `drain_timeout_s`."""
+    def begin_drain(self) -> asyncio.Task[None]:
+        """Take no more requests; those in flight get `drain_timeout_s`.
+
+        Returns:
+            What is done once nothing is in flight any more.
+        """
         if self._draining is None:
             self._state = "draining"
             self._draining = asyncio.create_task(self._drain())
+        return self._draining
 
     async def _drain(self) -> None:
         """Let live sessions finish what they have heard, while the engine still takes it."""
@@ -164,9 +168,7 @@ class Runtime:
         if self._loading is not None and not self._loading.done():
             self._loading.cancel()
             await asyncio.wait([self._loading])
-        self.begin_drain()
-        if self._draining is not None:
-            await self._draining
+        await self.begin_drain()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])

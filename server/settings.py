@@ -5,15 +5,23 @@ The command line makes its flags and their help from the fields here.
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ENV_PREFIX = "SPEECHLLM_"
 
+# The client reads the first, tests and benchmarks the second.
+_OTHER_VARIABLES = frozenset({f"{ENV_PREFIX}API_KEY", f"{ENV_PREFIX}SHARED_DATA"})
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+")
 
 
@@ -194,6 +202,13 @@ class Settings(BaseSettings):
         "info", description="Least severe log line that is written."
     )
 
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not _DEVICE.fullmatch(value):
+            raise ValueError(f"a device is auto, cpu, cuda or cuda:N, not {value!r}")
+        return value
+
     @field_validator("preferred_batch_sizes")
     @classmethod
     def _check_sizes(cls, value: str) -> str:
@@ -214,8 +229,8 @@ class Settings(BaseSettings):
     @property
     def served_name(self) -> str:
         """The model's name in the API."""
-        is_folder = Path(self.model).is_dir()
-        return self.model_name or (Path(self.model).resolve().name if is_folder else self.model)
+        folder = Path(self.model).expanduser()
+        return self.model_name or (folder.resolve().name if folder.is_dir() else self.model)
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -231,6 +246,62 @@ class Settings(BaseSettings):
     def preferred_sizes(self) -> tuple[int, ...]:
         """The preferred batch sizes as numbers."""
         return _sizes(self.preferred_batch_sizes)
+
+
+class SettingError(ValueError):
+    """A setting has a value that cannot be; the message names its flag and its variable."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        """Give the field of Settings, and what is wrong with its value."""
+        super().__init__(f"{flag_of(field)} / {variable_of(field)}: {reason}")
+
+
+def read_settings(**given: Any) -> Settings:  # noqa: ANN401 - as many types as fields
+    """Make settings of what is given, the environment and the defaults, in this order.
+
+    Raises:
+        SettingError: a value is out of bounds; of several, the first is told of.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SettingError(str(first["loc"][0]), reason) from error
+
+
+def flag_of(field: str) -> str:
+    """The flag of `speechllm serve` that sets a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+def variable_of(field: str) -> str:
+    """The environment variable that sets a field."""
+    return f"{ENV_PREFIX}{field.upper()}"
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str | None]:
+    """Find variables that look like settings and set nothing.
+
+    Args:
+        names: of the environment's variables; capitals make no difference, as in reading settings.
+
+    Returns:
+        Each such name with that of the setting that may be meant, None where none is close.
+    """
+    known = _OTHER_VARIABLES.union(map(variable_of, Settings.model_fields))
+    return {
+        name: _closest_variable(name)
+        for name in sorted(names)
+        if name.upper().startswith(ENV_PREFIX) and name.upper() not in known
+    }
+
+
+def _closest_variable(name: str) -> str | None:
+    # Without the prefix, which would make any two of them alike.
+    rest = name[len(ENV_PREFIX) :].lower()
+    found = difflib.get_close_matches(rest, Settings.model_fields, n=1)
+    return variable_of(found[0]) if found else None
 
 
 def _parts(value: str) -> tuple[str, ...]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import logging
+import os
 import signal
 import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from server.settings import ENV_PREFIX, Settings
+from server.settings import (
+    SettingError,
+    Settings,
+    flag_of,
+    read_settings,
+    unknown_variables,
+    variable_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,9 +29,12 @@ if TYPE_CHECKING:
 
     from server.runtime import Runtime
 
+_log = logging.getLogger(__name__)
+
 _FAILED = 1
 _BAD_USAGE = 2
-_CLOSE_CONNECTIONS_S = 5  # beyond draining, for the answers to get out
+_CLOSE_CONNECTIONS_S = 5  # after draining, for the answers to get out
+_LOOK_AGAIN_S = 0.1
 
 
 def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
@@ -34,8 +47,8 @@ def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
     parameters = []
     for name, field in Settings.model_fields.items():
         option = typer.Option(
-            f"--{name.replace('_', '-')}",
-            help=f"{field.description} \\[env: {ENV_PREFIX}{name.upper()}]",
+            flag_of(name),
+            help=f"{field.description} \\[env: {variable_of(name)}]",
             show_default=str(field.default),
         )
         # Typer shows the default; None tells a flag that was given from one that was not.
@@ -56,15 +69,10 @@ def _flag_type(annotation: Any) -> Any:  # noqa: ANN401 - a type expression
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    from pydantic import ValidationError
-
     try:
-        return Settings(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "settings"
-        flag = f"--{name.replace('_', '-')} / {ENV_PREFIX}{name.upper()}"
-        typer.echo(f"error: {flag}: {first['msg'].removeprefix('Value error, ')}", err=True)
+        return read_settings(**options)
+    except SettingError as error:
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(_BAD_USAGE) from error
 
 
@@ -81,6 +89,7 @@ def serve(settings: Settings) -> None:
     from server.log import configure_logging
 
     configure_logging(settings.log_level)
+    _warn_of_variables(settings)
     listener = _listen(settings.host, settings.port)
     # uvicorn raises its signals again once it has drained; the default handlers would then report
     # a good end as a death by signal.
@@ -88,7 +97,7 @@ def serve(settings: Settings) -> None:
         signal.signal(number, lambda _number, _frame: None)
     try:
         app = create_app(settings, on_failure=lambda: _end(server))
-    except (ValueError, OSError) as error:
+    except SettingError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(_BAD_USAGE) from error
     runtime: Runtime = app.state.runtime
@@ -101,7 +110,7 @@ def serve(settings: Settings) -> None:
         ws="websockets-sansio",
         ws_max_size=MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,  # of little use for sound, and its window costs memory
-        timeout_graceful_shutdown=round(settings.drain_timeout_s) + _CLOSE_CONNECTIONS_S,
+        timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
     )
     server = _draining_server(config, runtime)
     _announce(settings, listener)
@@ -109,6 +118,26 @@ def serve(settings: Settings) -> None:
     if runtime.failure is not None:
         typer.echo(f"error: cannot serve {settings.model}: {runtime.failure}", err=True)
         raise typer.Exit(_FAILED)
+
+
+def _warn_of_variables(settings: Settings) -> None:
+    """Tell of variables without the effect that their names promise.
+
+    They are not refused: an orchestrator may set some of its own, as Kubernetes does for a service
+    whose name is `speechllm`.
+    """
+    from server.client import API_KEY_VARIABLE
+
+    for name, meant in unknown_variables(os.environ).items():
+        hint = f"; is {meant} meant?" if meant else ""
+        _log.warning("%s sets nothing: there is no such setting%s", name, hint)
+    has_keys = settings.api_keys.get_secret_value() or settings.api_keys_file
+    if os.environ.get(API_KEY_VARIABLE) and not has_keys:
+        _log.warning(
+            "%s is read by clients only, and this server lets everybody in; is %s meant?",
+            API_KEY_VARIABLE,
+            variable_of("api_keys"),
+        )
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -130,12 +159,14 @@ def _draining_server(config: Any, runtime: Runtime) -> Server:  # noqa: ANN401 -
     import uvicorn
 
     class DrainingServer(uvicorn.Server):
-        """Tells the runtime before the connections are closed."""
+        """Finishes what is in flight before it stops to listen."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            runtime.begin_drain()
-            # uvicorn would cut these off at once.
-            await runtime.open_sessions.drain(runtime.settings.drain_timeout_s)
+            # uvicorn would cut live sessions off at once, and refuse the connections of those who
+            # are to be told that this server takes no more.
+            drained = runtime.begin_drain()
+            while not drained.done() and not self.force_exit:  # a second Ctrl-C
+                await asyncio.wait([drained], timeout=_LOOK_AGAIN_S)
             await super().shutdown(sockets)
 
     return DrainingServer(config)

@@ -78,20 +78,23 @@ async def in_process(
     from server.errors import RequestError
     from server.metrics import Metrics
     from server.runtime import Runtime
-    from server.settings import Settings
+    from server.settings import SettingError, read_settings
 
-    settings = Settings(
-        model=model,
-        device=device,
-        max_audio_s=_NO_LIMIT_S,
-        request_timeout_s=_NO_LIMIT_S,
-        max_long_recordings=jobs,
-        max_queue_size=_NO_LIMIT,
-        max_queue_audio_s=_NO_LIMIT_S,
-        decode_workers=min(jobs, os.cpu_count() or 1),
-    )
-    metrics = Metrics()
-    runtime = Runtime(settings, build_engine(settings, metrics), metrics)
+    try:
+        settings = read_settings(
+            model=model,
+            device=device,
+            max_audio_s=_NO_LIMIT_S,
+            request_timeout_s=_NO_LIMIT_S,
+            max_long_recordings=jobs,
+            max_queue_size=_NO_LIMIT,
+            max_queue_audio_s=_NO_LIMIT_S,
+            decode_workers=min(jobs, os.cpu_count() or 1),
+        )
+        metrics = Metrics()
+        runtime = Runtime(settings, build_engine(settings, metrics), metrics)
+    except SettingError as error:
+        raise BadOptionError(str(error)) from error
     runtime.start()
     try:
         if (failure := await runtime.loaded()) is not None:

@@ -18,14 +18,14 @@ START_TIMEOUT_S = 120
 class ServerProcess:
     """`speechllm serve` as a user starts it."""
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments, env=None):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "serve", "--port", "0", *map(str, arguments)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {}),
         )
         self.log = []
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -56,9 +56,9 @@ class ServerProcess:
 
 
 @contextmanager
-def serve(*arguments):
+def serve(*arguments, env=None):
     """Yield a ready server's process and a client for it."""
-    server = ServerProcess(*arguments)
+    server = ServerProcess(*arguments, env=env)
     try:
         url = server.announced_url()
         # One transport retry covers the moment between the announcement and listening.

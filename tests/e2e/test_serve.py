@@ -1,5 +1,8 @@
 """`speechllm serve` as a process of its own, over real sockets."""
 
+import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,6 +190,30 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_with_0(start_server, tiny_
         assert work.result().status_code == 200
 
 
+def test_who_comes_while_the_server_drains_is_told_so(start_server, tiny_checkpoint):
+    # A piece at a time: much is left to do when the signal comes.
+    files = {"file": ("a", encode(speechlike(60), form="mp3"))}
+    with (
+        start_server(
+            "--model", tiny_checkpoint, "--device", "cpu", "--decode-workers", "1",
+            "--max-excerpts-in-flight", "1", "--drain-timeout-s", "300",
+        ) as (process, client),
+        client.stream("POST", "/transcribe", files=files, data={"stream": "true"}) as response,
+    ):  # fmt: skip
+        lines = response.iter_lines()
+        next(lines)
+        process.process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=client.base_url, timeout=60) as other:
+            while other.get("/health/ready").json()["status"] == "ready":
+                pass  # the signal is on its way
+            ready = other.get("/health/ready")
+            refused = post(other, encode(tone(0.2)))
+        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert "transcript.text.done" in "".join(lines)
+        assert process.process.wait(60) == 0
+
+
 def test_a_port_in_use_is_one_clear_line(tiny_checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -195,20 +222,95 @@ def test_a_port_in_use_is_one_clear_line(tiny_checkpoint):
     assert ended.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
-def test_a_missing_checkpoint_is_one_clear_line(tmp_path):
-    ended = run_serve("--model", tmp_path / "nothing", "--port", 0)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max-batch-size", "0"),
+        ("dtype", "int3"),
+        ("device", "gpu"),
+        ("device", "cuda:99"),
+        ("model", "/nothing/here"),
+        ("model", "docs"),
+        ("api-keys", "short"),
+        ("api-keys-file", "/nothing/here"),
+    ],
+)
+def test_a_bad_option_is_one_line_that_names_it_and_nothing_listens(option, value):
+    ended = run_serve("--port", 0, f"--{option}", value)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    variable = f"SPEECHLLM_{option.replace('-', '_').upper()}"
+    assert line.startswith(f"error: --{option} / {variable}: ")
+
+
+def test_a_bad_variable_is_one_line_that_names_it():
+    ended = run_serve("--port", 0, env={"SPEECHLLM_DEVICE": "gpu"})
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: --device / SPEECHLLM_DEVICE: ")
+
+
+def test_weights_that_cannot_be_loaded_end_the_process(tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "broken")
+    weights = tmp_path / "broken" / "connector.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ended = run_serve("--model", tmp_path / "broken", "--device", "cpu", "--port", 0)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"error: cannot serve {tmp_path / 'nothing'}: ")
+    assert line.startswith(f"error: cannot serve {tmp_path / 'broken'}: {weights}: ")
 
 
-def test_a_bad_option_is_one_clear_line():
-    ended = run_serve("--max-batch-size", 0)
+def test_a_hub_id_is_served_from_the_hubs_cache(start_server, tmp_path, tiny_checkpoint):
+    cached = tmp_path / "models--someone--speech-llm"
+    shutil.copytree(tiny_checkpoint, cached / "snapshots" / "0123abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    options = ("--model", "someone/speech-llm", "--device", "cpu")
+    with start_server(*options, env={"HF_HUB_CACHE": str(tmp_path)}) as (_, client):
+        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert "someone/speech-llm" in names
+        assert post(client, encode(tone(0.2))).status_code == 200
+
+
+def test_a_hub_id_that_is_not_to_be_had_ends_the_process(tmp_path):
+    ended = run_serve(
+        "--model", "someone/nothing", "--port", 0, env={"HF_HUB_CACHE": str(tmp_path)}
+    )
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: cannot serve someone/nothing: someone/nothing: no such folder")
+
+
+def test_variables_without_the_effect_that_their_names_promise_are_warned_of(
+    start_server, tiny_checkpoint
+):
+    env = {
+        "SPEECHLLM_MAX_BATCH_SIZ": "secret", "SPEECHLLM_KUBERNETES": "secret",
+        "SPEECHLLM_API_KEY": "secret", "SPEECHLLM_SHARED_DATA": "secret", "SPEECHLLM_DEVICE": "cpu",
+    }  # fmt: skip
+    with start_server("--model", tiny_checkpoint, env=env) as (process, _):
+        pass
+    lines = [json.loads(line) for line in process.log]
+    warnings = [line["message"] for line in lines if line["level"] == "warning"]
+    assert len(warnings) == 3, warnings
+    assert warnings[0] == "SPEECHLLM_KUBERNETES sets nothing: there is no such setting"
+    assert "is SPEECHLLM_MAX_BATCH_SIZE meant?" in warnings[1]
+    assert warnings[2].startswith("SPEECHLLM_API_KEY ")
+    assert "is SPEECHLLM_API_KEYS meant?" in warnings[2]
+    assert "secret" not in "".join(process.log)
+
+
+def test_a_clients_key_beside_the_servers_is_nothing_to_warn_of():
+    env = {"SPEECHLLM_API_KEY": "a-key-of-a-client", "SPEECHLLM_API_KEYS": "too-short"}
+    ended = run_serve("--port", 0, env=env)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: --max-batch-size / SPEECHLLM_MAX_BATCH_SIZE: ")
+    assert line.startswith("error: ")
 
 
-def run_serve(*arguments):
+def run_serve(*arguments, env=None):
     command = [sys.executable, "-m", "server.cli", "serve", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | (env or {}),
+    )  # fmt: skip

@@ -149,6 +149,23 @@ async def test_a_form_that_is_not_right_is_refused_with_a_reason(client, case):
     assert error["param"] == param
 
 
+async def test_an_upload_may_have_all_the_bytes_that_are_allowed_and_no_more(client):
+    headers = {"content-type": "audio/wav"}
+    recording = encode(tone(1.0))
+    recording += bytes(4_000_000 - len(recording))  # behind the samples, where a reader stops
+
+    async def unannounced(content):
+        yield content
+
+    for announce in (bytes, unannounced):
+        body = announce(recording)
+        response = await client.post("/transcribe", content=body, headers=headers)
+        assert response.status_code == 200, response.text
+        body = announce(recording + b"0")
+        response = await client.post("/transcribe", content=body, headers=headers)
+        assert (response.status_code, error_of(response)["code"]) == (413, "upload_too_large")
+
+
 async def test_an_upload_of_unannounced_size_is_cut_off_at_the_limit(client):
     sent = 0
 
@@ -304,10 +321,12 @@ async def test_a_full_queue_answers_429_with_retry_after(held):
     engine, client = held
     engine.may_start.set()
     await until_ready(client)
-    engine.refusal = QueueFullError("8 requests are waiting already", retry_after_s=7.0)
-    response = await client.post("/transcribe", **upload(encode(speechlike(0.5))))
-    assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
-    assert response.headers["retry-after"] == "7"
+    # Rounded up: who comes back a moment too early is refused again.
+    for retry_after_s, seconds in ((7.0, "7"), (0.2, "1")):
+        engine.refusal = QueueFullError("8 requests are waiting", retry_after_s=retry_after_s)
+        response = await client.post("/transcribe", **upload(encode(speechlike(0.5))))
+        assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
+        assert response.headers["retry-after"] == seconds
 
 
 async def test_an_unexpected_error_is_a_plain_500(held):

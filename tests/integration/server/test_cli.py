@@ -59,6 +59,18 @@ def test_transcribe_prints_lines_of_json(run, tiny_checkpoint, recording):
     assert set(line) == {"file", "text", "language", "duration", "timings"}
 
 
+def test_transcribe_tells_of_a_setting_that_cannot_be(run, recording, monkeypatch):
+    ended = run("transcribe", recording, "--device", "gpu")
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: --device / SPEECHLLM_DEVICE: ")
+    for name, value in (("PORT", "tcp://10.0.0.1:8000"), ("API_KEYS", "short")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"SPEECHLLM_{name}", value)
+            ended = run("transcribe", recording)
+        assert ended.exit_code == 2
+        assert f" / SPEECHLLM_{name}: " in ended.stderr
+
+
 def test_transcribe_goes_on_after_a_bad_file_and_reports_it(
     run, tiny_checkpoint, recording, tmp_path
 ):

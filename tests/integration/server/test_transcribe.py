@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 
+import numpy as np
 import pytest
 import srt
 import webvtt
@@ -474,6 +475,16 @@ async def test_a_key_is_held_to_its_share_and_others_are_not(guarded):
 
     # 4 s a minute at 1.5 s a clip: the third one goes into debt, the fourth has to wait.
     assert [(await post(ALICE)).status_code for _ in range(3)] == [200, 200, 429]
+
+
+async def test_a_recording_that_fails_costs_its_key_nothing(guarded):
+    engine, client = guarded
+    engine.may_end.set()
+    broken = encode(np.full(16_000 * 10, np.nan, np.float32), form="wav-float")
+    failed = await client.post("/transcribe", **upload(broken), headers=bearer(ALICE))
+    assert (failed.status_code, error_of(failed)["code"]) == (400, "audio_not_finite")
+    answered = await client.post("/transcribe", **upload(CLIP), headers=bearer(ALICE))
+    assert answered.status_code == 200, answered.text
 
 
 async def until_waiting(turnstile, count):

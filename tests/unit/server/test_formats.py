@@ -147,6 +147,16 @@ def test_placed_words_make_short_cues_that_lose_none():
     assert all(a.end_ms <= b.start_ms for a, b in itertools.pairwise(cues))
 
 
+def test_slow_speech_makes_cues_of_few_words():
+    cues = list(formats.cues(transcription(spaced("one two three four five", step_s=2.5))))
+    assert [cue.text for cue in cues] == ["one two", "three four", "five"]
+
+
+def test_a_cue_does_not_end_before_it_begins():
+    (cue,) = formats.cues(transcription(segment(2.0, 1.5, "backwards")))
+    assert (cue.start_ms, cue.end_ms) == (2000, 2000)
+
+
 def test_a_cue_ends_with_its_sentence():
     spoken = transcription(spaced("This is a sentence of some length. And this, another one."))
     assert [cue.text for cue in formats.cues(spoken)] == [

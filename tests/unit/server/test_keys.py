@@ -2,6 +2,7 @@ import pytest
 
 from server.errors import ApiKeyError, RateLimitedError
 from server.keys import ANONYMOUS, KeyLimits, KeyRing
+from server.settings import SettingError
 
 ALICE, BOB = "alice-0123456789abcdef", "bob-0123456789abcdefgh"
 
@@ -25,6 +26,13 @@ def test_a_key_names_its_owner_and_others_are_refused():
     for wrong in (None, "", "alice", ALICE[:-1], ALICE + "x", f"alice:{ALICE}", "ключ" * 5):
         with pytest.raises(ApiKeyError):
             ring.owner(wrong)
+
+
+def test_no_key_of_a_thousand_wrong_ones_is_taken():
+    ring = KeyRing([f"alice:{ALICE}", BOB])
+    for number in range(1000):
+        with pytest.raises(ApiKeyError):
+            ring.owner(f"{ALICE}{number}")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +59,26 @@ def test_a_file_without_keys_is_refused_and_lets_nobody_in(tmp_path, text):
     for keys in ("", f"alice:{ALICE}"):
         with pytest.raises(ValueError, match="holds none"):
             KeyRing.from_settings(keys, str(file))
+
+
+@pytest.mark.parametrize(
+    ("keys", "in_file", "told"),
+    [
+        (f"alice:{ALICE},short", BOB, "--api-keys / SPEECHLLM_API_KEYS: API key 2 "),
+        (ALICE, f"{BOB}\nshort", "--api-keys-file / SPEECHLLM_API_KEYS_FILE: API key 3 "),
+        (ALICE, ALICE, "--api-keys-file / SPEECHLLM_API_KEYS_FILE: API key 2 "),
+        (ALICE, "\xff", "--api-keys-file / SPEECHLLM_API_KEYS_FILE: {file} is not a text in UTF-8"),
+        (ALICE, None, "--api-keys-file / SPEECHLLM_API_KEYS_FILE: {file}: No such file"),
+    ],
+)
+def test_the_setting_that_has_a_bad_key_is_named(tmp_path, keys, in_file, told):
+    file = tmp_path / "keys"
+    if in_file is not None:
+        file.write_text(in_file, encoding="latin-1")
+    with pytest.raises(SettingError) as raised:
+        KeyRing.from_settings(keys, str(file))
+    assert str(raised.value).startswith(told.format(file=file))
+    assert ALICE not in str(raised.value)
 
 
 def test_a_key_may_have_only_so_many_running():

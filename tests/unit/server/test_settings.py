@@ -1,7 +1,13 @@
 import pytest
 from pydantic import ValidationError
 
-from server.settings import Settings
+from server.settings import (
+    SettingError,
+    Settings,
+    read_settings,
+    unknown_variables,
+    variable_of,
+)
 
 
 def test_an_environment_variable_sets_a_field(monkeypatch):
@@ -22,11 +28,25 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
         ("preferred_batch_sizes", "four"), ("nope", 1),
         ("cors_origins", "example.org"), ("cors_origins", "https://a.org/path"),
         ("key_max_concurrency", -1), ("key_audio_s_per_minute", -1),
+        ("device", "gpu"), ("device", "meta"), ("device", "cuda:"), ("device", "cuda:0 "),
     ],
 )  # fmt: skip
 def test_a_value_out_of_bounds_is_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:11"])
+def test_devices_are_taken_by_name(device):
+    assert Settings(device=device).device == device
+
+
+def test_a_value_of_the_environment_that_cannot_be_is_named_as_a_user_does(monkeypatch):
+    monkeypatch.setenv("SPEECHLLM_MAX_WAIT_MS", "long")
+    with pytest.raises(SettingError) as raised:
+        read_settings(port=9000)
+    assert str(raised.value).startswith("--max-wait-ms / SPEECHLLM_MAX_WAIT_MS: ")
+    assert read_settings(max_wait_ms=1).max_wait_ms == 1
 
 
 def test_preferred_batch_sizes_are_numbers_between_commas():
@@ -44,9 +64,11 @@ def test_keys_do_not_show_when_settings_are_printed():
     assert "a-key-of-16-chars" not in repr(Settings(api_keys="a-key-of-16-chars"))
 
 
-def test_a_model_goes_by_its_folders_name_unless_it_is_given_one(tmp_path):
+def test_a_model_goes_by_its_folders_name_unless_it_is_given_one(tmp_path, monkeypatch):
     (tmp_path / "mongolian").mkdir()
     assert Settings(model=str(tmp_path / "mongolian")).served_name == "mongolian"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings(model="~/mongolian").served_name == "mongolian"
     assert Settings(model="someone/speech-llm").served_name == "someone/speech-llm"
     assert Settings(model="someone/speech-llm", model_name="asr").served_name == "asr"
 
@@ -56,3 +78,23 @@ def test_origins_and_aliases_are_between_commas():
     assert settings.origins == ("https://a.org", "http://localhost:3000")
     assert settings.aliases == ("a", "b")
     assert Settings().origins == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("SPEECHLLM_MAX_BATCH_SIZ", "SPEECHLLM_MAX_BATCH_SIZE"),
+        ("SPEECHLLM_THREADS", "SPEECHLLM_CPU_THREADS"),
+        ("speechllm_modle", "SPEECHLLM_MODEL"),
+        ("SPEECHLLM_KUBERNETES", None),
+        ("SPEECHLLM_", None),
+    ],
+)
+def test_a_variable_that_sets_nothing_is_found_with_the_one_that_may_be_meant(name, meant):
+    assert unknown_variables([name, "PATH"]) == {name: meant}
+
+
+def test_variables_that_are_read_are_not_taken_for_misspelt():
+    known = [variable_of(name) for name in Settings.model_fields]
+    known += ["speechllm_port", "SPEECHLLM_API_KEY", "SPEECHLLM_SHARED_DATA"]
+    assert unknown_variables(known) == {}

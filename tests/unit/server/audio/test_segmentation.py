@@ -100,6 +100,15 @@ def test_a_speaker_who_does_not_pause_is_cut_at_the_quietest_point():
     assert len(first.waveform) == second.start == 45 * FRAME_SAMPLES
 
 
+def test_speech_soon_after_a_cut_in_a_silence_takes_nothing_from_before_the_cut():
+    samples = recording([1.0] * (MAX_FRAMES - 5) + [0.0] * 5 + [1.0] * 20, 0)
+    samples = samples.reshape(-1, FRAME_SAMPLES)
+    samples[[57, 58], 1:] *= 0.01
+    first, second = cut(samples.reshape(-1), [], ScriptedDetector())
+    assert first.start + len(first.waveform) == 58 * FRAME_SAMPLES == second.start
+    assert second.speech_start == MAX_FRAMES * FRAME_SAMPLES
+
+
 def test_silence_is_left_out_and_a_pause_parts_excerpts():
     pause = segmentation._PAUSE_FRAMES
     samples = recording([0.0] * 100 + [1.0] * 20 + [0.0] * pause + [1.0] * 20 + [0.0] * 100, 0)
