@@ -54,6 +54,7 @@ class CTCHead(nn.Linear):
         self.vocab_size = vocab_size
         self.blank = blank_id if n_tokens is None else 0
         self._blank_id = blank_id
+        self._indices: dict[int, int] | None = None
         token_ids = None
         if n_tokens is not None:
             others = torch.arange(n_tokens - 1)
@@ -63,6 +64,7 @@ class CTCHead(nn.Linear):
     def choose(self, tokens: Iterable[int]) -> None:
         """Cover these K - 1 tokens, and the blank."""
         self.token_ids = torch.tensor([self._blank_id, *sorted(tokens)])
+        self._indices = None
         self.check()
 
     def check(self) -> None:
@@ -108,19 +110,9 @@ class CTCHead(nn.Linear):
             return None
         if self.token_ids is None:
             return token_id
-        index = 1 + int(torch.searchsorted(self.token_ids[1:], token_id))
-        is_there = index < len(self.token_ids) and int(self.token_ids[index]) == token_id
-        return index if is_there else None
-
-    def to_vocabulary(self, scores: Tensor, size: int, missing: float) -> Tensor:
-        """Lay scores (…, K) out over `size` tokens; those that the head has not get `missing`."""
-        laid_out = scores.new_full((*scores.shape[:-1], size), missing)
-        if self.token_ids is None:
-            laid_out[..., : scores.shape[-1]] = scores
-        else:
-            laid_out[..., self.token_ids.to(scores.device)] = scores
-        laid_out[..., self._blank_id] = missing
-        return laid_out
+        if self._indices is None:  # on the host: asked for at every token
+            self._indices = self.covered()
+        return self._indices.get(token_id)
 
     def to_token_ids(self, indices: Sequence[int]) -> list[int]:
         """The LLM's tokens of the head's indices."""

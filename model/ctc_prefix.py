@@ -34,13 +34,15 @@ _NEGLIGIBLE = 60.0  # what is less likely than the likeliest by e to this power 
 _LEAST_POSTERIOR = 1e-30
 _LEAST_SCORE = -40.0  # of a token: what the head is sure not to hear, the LLM may still write
 _SURELY_BLANK = 0.999
+_MOST_MERGED = 8  # frames of silence, in each of which hardly anything is heard
+_LOOK_AHEAD = 64  # frames, before the rest of a clip is looked at
 
 
-class HeardClip:
-    """What the CTC head hears in one clip, on the host.
+class ClipPosteriors:
+    """What the CTC head hears in one clip, on the host, and how it is used.
 
-    Of a run of frames that are surely blank only the first is kept: it parts equal tokens, and the
-    others would add nothing but work. Of 50 frames in a second that leaves some 20.
+    Of 50 frames in a second more than half are surely blank. Runs of them are merged into one for
+    each `_MOST_MERGED`, in which each token is as likely as in all of them together.
     """
 
     def __init__(
@@ -52,19 +54,36 @@ class HeardClip:
             ctc_logits: (F, K) valid frames, at least one.
             head: what they are of.
             stop_ids: tokens of the LLM that end an answer.
-            weight: of what is heard in a joint score, in [0, 1).
+            weight: of the head in a joint score, in [0, 1).
+
+        Raises:
+            ValueError: the logits are not finite.
         """
         posteriors = ctc_logits.float().softmax(-1)
-        silent = posteriors[:, head.blank] > _SURELY_BLANK
-        again = torch.zeros_like(silent)
-        again[1:] = silent[1:] & silent[:-1]
-        self.posteriors = posteriors[~again].cpu()  # (F', K)
-        self.by_output: NDArray[np.float32] = self.posteriors.T.contiguous().numpy()
+        blank = posteriors[:, head.blank]
+        silent = blank > _SURELY_BLANK
+        frames = torch.arange(len(posteriors), device=posteriors.device)
+        last_sound = torch.where(silent, -1, frames).cummax(0).values
+        begins = ~silent | ((frames - last_sound - 1) % _MOST_MERGED == 0)
+        group = begins.long().cumsum(0) - 1
+        n_groups = int(group[-1]) + 1
+        merged = posteriors.new_zeros(n_groups, posteriors.shape[1])
+        merged.index_add_(0, group, posteriors)
+        log_blank = posteriors.new_zeros(n_groups).index_add_(0, group, blank.log())
+        merged[:, head.blank] = log_blank.exp()
+        self.posteriors = merged.cpu()  # (F', K)
+        if not self.posteriors.isfinite().all():
+            raise ValueError("the logits of the CTC head are not finite")
+        self.array: NDArray[np.float32] = self.posteriors.numpy()
         self.blank = head.blank
-        self.log_blank = _log(self.by_output[head.blank])
+        self.log_blank = _log(self.array[:, head.blank])
         self.head = head
         self.stop_ids = sorted(stop_ids)
         self.weight = weight
+
+    def __len__(self) -> int:
+        """Frames that are left, F'."""
+        return len(self.log_blank)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +103,7 @@ class CTCPrefix:
         log_prob: that the clip begins with the answer.
     """
 
-    clip: HeardClip
+    clip: ClipPosteriors
     start: int
     blank: NDArray[np.float64]
     either: NDArray[np.float64]
@@ -92,7 +111,7 @@ class CTCPrefix:
     log_prob: float = 0.0
 
     @classmethod
-    def begin(cls, clip: HeardClip) -> CTCPrefix:
+    def begin(cls, clip: ClipPosteriors) -> CTCPrefix:
         """The empty answer."""
         blank = np.concatenate([[0.0], clip.log_blank.cumsum()])
         return cls(clip, 0, blank, blank)
@@ -100,7 +119,7 @@ class CTCPrefix:
     @property
     def end_log_prob(self) -> float:
         """That the clip says the answer and nothing more."""
-        reaches_end = self.start + len(self.either) == len(self.clip.log_blank) + 1
+        reaches_end = self.start + len(self.either) == len(self.clip) + 1
         return float(self.either[-1]) if reaches_end else _NEVER
 
     def paths_of(
@@ -111,12 +130,17 @@ class CTCPrefix:
         That the token of output `index` begins in each; that a frame says it; that one is blank.
         """
         clip, start = self.clip, self.start
-        log_token = _log(clip.by_output[index, start:])
-        log_blank = clip.log_blank[start:]
-        # Behind the last place it stays in each frame at most as likely as that frame allows.
-        n_begin = min(len(self.either), len(log_token))
-        stays = np.maximum(log_token[n_begin:], log_blank[n_begin:]).cumsum()
-        n_frames = n_begin + int(np.searchsorted(-stays, _NEGLIGIBLE))
+        n_begin = min(len(self.either), len(clip) - start)
+        stop = min(len(clip), start + n_begin + _LOOK_AHEAD)
+        while True:
+            log_token = _log(clip.array[start:stop, index])
+            log_blank = clip.log_blank[start:stop]
+            # Behind the last place it stays in each frame at most as likely as that frame allows.
+            stays = np.maximum(log_token[n_begin:], log_blank[n_begin:]).cumsum()
+            n_frames = n_begin + int(np.searchsorted(-stays, _NEGLIGIBLE))
+            if n_frames < stop - start or stop == len(clip):
+                break
+            stop = len(clip)
         before = self.blank if index == self.last else self.either  # equal ones need a blank
         enters = np.full(n_frames, _NEVER)
         enters[:n_begin] = before[:n_begin] + log_token[:n_begin]
@@ -128,9 +152,11 @@ class CTCPrefix:
 
 
 def extend_prefixes(prefixes: Sequence[CTCPrefix], token_ids: Sequence[int]) -> list[CTCPrefix]:
-    """Add a token to each of R answers; one that the head has no output for is passed over.
+    """Add a token to each of R answers.
 
-    Together, for the arrays are short: what costs is the number of calls.
+    One that the head has no output for, or no frame left, is passed over: the answer goes on from
+    where it was. All are added together, for the arrays are short, and what costs is the number of
+    calls.
     """
     extended = list(prefixes)
     grown: list[tuple[int, int]] = []  # row, output of its token
@@ -161,6 +187,8 @@ def extend_prefixes(prefixes: Sequence[CTCPrefix], token_ids: Sequence[int]) -> 
     firsts = kept.argmax(1).tolist()
     ends = (kept.shape[1] - kept[:, ::-1].argmax(1)).tolist()
     for at, (row, index) in enumerate(grown):
+        if log_probs[at] < _NEVER / 2:
+            continue
         before, window = prefixes[row], slice(firsts[at], ends[at])
         extended[row] = CTCPrefix(
             before.clip,
@@ -173,37 +201,31 @@ def extend_prefixes(prefixes: Sequence[CTCPrefix], token_ids: Sequence[int]) -> 
     return extended
 
 
-def prefix_scores(prefixes: Sequence[CTCPrefix], vocab_size: int) -> Tensor:
-    """Log-probability of each next token, given the answer so far: (R, V) float32, on the host.
+def prefix_scores(prefixes: Sequence[CTCPrefix]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of what comes next, given R answers so far, all of one head.
 
-    An end token has the probability that nothing more is said. What the head has no output for,
-    and its blank, have the least score there is.
-
-    Args:
-        prefixes: R answers so far, all of one head and with the same end tokens.
-        vocab_size: V.
+    Returns:
+        Of each of the head's outputs (R, K), the least there is for its blank, and of the end, that
+        nothing more is said (R,); float32, on the host.
     """
     clip = prefixes[0].clip
-    heard = torch.empty(len(prefixes), clip.posteriors.shape[1])
-    heard_array = heard.numpy()
+    scores = torch.empty(len(prefixes), clip.posteriors.shape[1])
+    array = scores.numpy()
     offsets: list[float] = []
     for row, prefix in enumerate(prefixes):
         own, first, peak = prefix.clip, prefix.start, float(prefix.either.max())
         frames = own.posteriors[first : first + len(prefix.either)]  # none behind the last place
         n_frames = frames.shape[0]
         weights = np.exp(prefix.either[:n_frames] - peak).astype(np.float32)
-        torch.mv(frames.T, torch.from_numpy(weights), out=heard[row])
+        torch.mv(frames.T, torch.from_numpy(weights), out=scores[row])
         if prefix.last is not None:  # the same token again needs a blank between
             apart = np.exp(prefix.blank[:n_frames] - peak)
-            column = own.by_output[prefix.last, first : first + n_frames]
-            heard_array[row, prefix.last] = apart @ column
+            array[row, prefix.last] = apart @ own.array[first : first + n_frames, prefix.last]
         offsets.append(peak - prefix.log_prob)
-    heard_array[:, clip.blank] = 0.0
-    scores = heard.clamp_(min=_LEAST_POSTERIOR).log_().add_(torch.tensor(offsets)[:, None])
-    scores = clip.head.to_vocabulary(scores, vocab_size, _LEAST_SCORE)
+    array[:, clip.blank] = 0.0
+    scores = scores.clamp_(min=_LEAST_POSTERIOR).log_().add_(torch.tensor(offsets)[:, None])
     ends = torch.tensor([prefix.end_log_prob - prefix.log_prob for prefix in prefixes])
-    scores[:, clip.stop_ids] = ends[:, None]
-    return scores.clamp_(min=_LEAST_SCORE, max=0.0)
+    return scores.clamp_(min=_LEAST_SCORE, max=0.0), ends.clamp_(min=_LEAST_SCORE, max=0.0)
 
 
 def _log(probabilities: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -219,14 +241,14 @@ def _accumulate(enters: NDArray[np.float64], stays: NDArray[np.float64]) -> NDAr
     return np.maximum(inside, _NEVER)
 
 
-def heard_clips(
+def clip_posteriors(
     audio: EmbeddedAudio, head: CTCHead, stop_ids: Collection[int], weight: float
-) -> list[HeardClip]:
+) -> list[ClipPosteriors]:
     """What the head hears in each of B clips; needs `audio.ctc_logits`."""
     if audio.ctc_logits is None:
         raise ValueError("the audio was embedded without the CTC head")
     return [
-        HeardClip(logits[:length], head, stop_ids, weight)
+        ClipPosteriors(logits[:length], head, stop_ids, weight)
         for logits, length in zip(audio.ctc_logits, audio.frame_lens.tolist(), strict=True)
     ]
 
@@ -234,22 +256,35 @@ def heard_clips(
 def joint_scores(scores: Tensor, prefixes: Sequence[CTCPrefix]) -> Tensor:
     """Weigh the LLM's scores (R, V), logits or log-probabilities, with those of the CTC head.
 
+    An end token has the score of the end. What the head has no output for gets the best score of
+    the row, so that it is left to the LLM.
+
     Args:
         scores: of the next tokens.
-        prefixes: R answers so far, all of one weight.
+        prefixes: R answers so far, of one head, with the same weight and the same end tokens.
 
     Returns:
         (R, V) float32; what the LLM excludes stays excluded.
     """
-    heard = prefix_scores(prefixes, scores.shape[-1])
-    weight = prefixes[0].clip.weight
-    return scores.float() * (1 - weight) + heard.to(scores.device) * weight
+    clip = prefixes[0].clip
+    head, weight = clip.head, clip.weight
+    heard, ends = (each.to(scores.device) for each in prefix_scores(prefixes))
+    alone = scores.float() * (1 - weight)
+    if head.token_ids is None:
+        jointly = alone.clone()
+        jointly[:, : heard.shape[1]] += heard * weight
+    else:
+        best = torch.maximum(heard.max(-1).values, ends)[:, None]
+        jointly = alone + best * weight
+        jointly[:, head.token_ids] += (heard - best) * weight
+    jointly[:, clip.stop_ids] = alone[:, clip.stop_ids] + ends[:, None] * weight
+    return jointly
 
 
 class JointDecoding(LogitsProcessor):
     """Has `generate` decode jointly, greedily or with beams."""
 
-    def __init__(self, clips: Sequence[HeardClip], prompt_len: int) -> None:
+    def __init__(self, clips: Sequence[ClipPosteriors], prompt_len: int) -> None:
         """Begin the answers to B clips behind prompts of one length."""
         self._n_clips = len(clips)
         self._prompt_len = prompt_len

@@ -28,7 +28,7 @@ from model.configuration import SpeechLLMConfig
 from model.connectors import make_connector
 from model.connectors.stack import stack_frames
 from model.ctc import CTCHead, ctc_token_counts
-from model.ctc_prefix import JointDecoding, heard_clips
+from model.ctc_prefix import ClipPosteriors, JointDecoding, clip_posteriors
 from model.encoder import encode, length_mask
 
 if TYPE_CHECKING:
@@ -326,6 +326,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         packed = audio.audio_embeds[valid].to(inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(positions[..., None], packed)
 
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -335,21 +336,31 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:  # noqa: ANN401 - tensors or an output object, as in transformers
         """Generate as transformers does, jointly with the CTC head where the configuration says so.
 
-        See `model.ctc_prefix`; contrastive and assisted decoding have no joint form.
+        See `model.ctc_prefix`.
+
+        Raises:
+            ValueError: assisted decoding, which has no joint form, with such a configuration.
         """
-        head, weight = self.ctc_head, self.config.ctc_decoding_weight
-        if head is not None and weight and input_ids is not None:
+        if self.ctc_head is not None and self.config.ctc_decoding_weight and input_ids is not None:
+            for name in ("assistant_model", "prompt_lookup_num_tokens"):
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"{name}: no assisted decoding jointly with a CTC head")
             if "input_features" in kwargs:
                 features = (kwargs.pop("input_features"), kwargs.pop("feature_lens"))
                 kwargs["encoder_frames"], kwargs["frame_lens"] = self.encode(*features)
             if "encoder_frames" in kwargs:
-                audio = self.embed_audio(kwargs["encoder_frames"], kwargs["frame_lens"])
-                stop_ids = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
-                stop_ids = stop_ids if isinstance(stop_ids, list) else [stop_ids]
-                clips = heard_clips(audio, head, cast("list[int]", stop_ids), weight)
-                joint = JointDecoding(clips, input_ids.shape[1])
+                joint = JointDecoding(self._posteriors(kwargs), input_ids.shape[1])
                 logits_processor = LogitsProcessorList([*(logits_processor or []), joint])
         return super().generate(input_ids, logits_processor=logits_processor, **kwargs)
+
+    def _posteriors(self, options: dict[str, Any]) -> list[ClipPosteriors]:
+        """What the CTC head hears in the clips that `generate` is given."""
+        settings = options.get("generation_config") or self.generation_config
+        ends = options.get("eos_token_id", settings.eos_token_id)
+        stop_ids = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        audio = self.embed_audio(options["encoder_frames"], options["frame_lens"])
+        head = cast("CTCHead", self.ctc_head)
+        return clip_posteriors(audio, head, stop_ids, self.config.ctc_decoding_weight)
 
     def prepare_inputs_for_generation(
         self,

@@ -37,10 +37,10 @@ _USER_TURN = f"{_CONTEXT_MARK}{_AUDIO_MARK}{_PROMPT_MARK}"
 _PLAIN_TEMPLATE = f"{_USER_TURN}\n"
 
 ADDITIONS = ("previous_text", "hotwords")
-"""What a context may hold: what was said just before, and words that are expected."""
+"""What a context may hold, in this order: what was said just before, and words to expect."""
 
 ADDITION_PLACE = "{}"
-"""Where the text stands in a template of `prompt_additions`."""
+"""Where the text stands in a template of `context_templates`."""
 
 MAX_PREVIOUS_BYTES = 160
 """Of what was said before, UTF-8; some 30 words of English."""
@@ -65,7 +65,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         encoder_mode: str = "padded",
         prompt: str = DEFAULT_PROMPT,
         audio_token: str = "<|audio|>",  # noqa: S107 - a vocabulary entry
-        prompt_additions: dict[str, str] | None = None,
+        context_templates: dict[str, str] | None = None,
         chat_template: str | None = None,
     ) -> None:
         """Check that the tokenizer fits.
@@ -77,7 +77,7 @@ class SpeechLLMProcessor(ProcessorMixin):
             encoder_mode: the model's `config.encoder_mode`.
             prompt: what the user turn asks after the audio.
             audio_token: vocabulary entry that marks audio positions.
-            prompt_additions: what the model was trained to read before the audio: by name
+            context_templates: what the model was trained to read before the audio: by name
                 (`hotwords`, `previous_text`), a template with `{}` in it for the text.
             chat_template: unused; the tokenizer's own is applied.
 
@@ -90,8 +90,8 @@ class SpeechLLMProcessor(ProcessorMixin):
         self.encoder_mode = encoder_mode
         self.prompt = prompt
         self.audio_token = audio_token
-        self.prompt_additions = dict(prompt_additions or {})
-        for name, template in self.prompt_additions.items():
+        self.context_templates = dict(context_templates or {})
+        for name, template in self.context_templates.items():
             check_addition(name, template)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token")
@@ -117,7 +117,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         return list(encoding.input_ids)
 
     def context(self, **additions: str) -> str:
-        """What stands before the audio: texts in the templates of `prompt_additions`.
+        """What stands before the audio: texts in their templates, in the order of `ADDITIONS`.
 
         Before it, so that the audio is as far from its answer whatever is added: an LLM that reads
         by that distance (`audio_positions` of the configuration) would be led astray.
@@ -128,13 +128,14 @@ class SpeechLLMProcessor(ProcessorMixin):
         Raises:
             ValueError: the model was not trained to read such an addition.
         """
-        text = ""
-        for name, added in additions.items():
-            if name not in self.prompt_additions:
-                raise ValueError(f"this checkpoint's prompt takes no {name}")
-            if added:
-                text += self.prompt_additions[name].replace(ADDITION_PLACE, added)
-        return text
+        unknown = additions.keys() - self.context_templates.keys()
+        if unknown:
+            raise ValueError(f"this checkpoint takes no {', '.join(sorted(unknown))}")
+        return "".join(
+            self.context_templates[name].replace(ADDITION_PLACE, additions[name])
+            for name in ADDITIONS
+            if additions.get(name)
+        )
 
     def prompt_ids(self, prompt: str | None = None, context: str = "") -> PromptIds:
         """Tokenise what stands before and after the audio.
@@ -232,14 +233,15 @@ class SpeechLLMProcessor(ProcessorMixin):
             batch["labels"] = _pad(labels, IGNORED_LABEL, on_left=on_left)
         return batch
 
-    def __call__(  # noqa: PLR0913, PLR0917 - what a sequence is made of
+    def __call__(  # noqa: PLR0913 - what a sequence is made of
         self,
         audio: np.ndarray | Sequence[np.ndarray],
         text: str | Sequence[str] | None = None,
         prompt: str | Sequence[str | None] | None = None,
-        context: str = "",
         sampling_rate: int = SAMPLE_RATE_HZ,
         device: torch.device | str = "cpu",
+        *,
+        context: str = "",
     ) -> BatchFeature:
         """Prepare clips for `generate`, or with transcripts for training.
 
@@ -247,9 +249,9 @@ class SpeechLLMProcessor(ProcessorMixin):
             audio: one or more mono float32 clips at 16 kHz.
             text: transcripts, one a clip.
             prompt: replaces the model's prompt, for all clips or one each.
-            context: stands before the audio of all clips; see `context`.
             sampling_rate: of `audio`, Hz; other rates are refused, not resampled.
             device: where the features are computed and the batch is placed.
+            context: stands before the audio of all clips; see `context`.
 
         Returns:
             `input_features`, `feature_lens`, `input_ids`, `attention_mask` and, with `text`,
@@ -285,18 +287,19 @@ class SpeechLLMProcessor(ProcessorMixin):
 
 def previous_text_tail(text: str) -> str:
     """The end of what was said before, whole words, as much as a context holds of it."""
+    text = " ".join(text.split())
     encoded = text.encode()
     if len(encoded) <= MAX_PREVIOUS_BYTES:
         return text
-    tail = encoded[-MAX_PREVIOUS_BYTES:].decode(errors="ignore")
-    _, space, whole_words = tail.partition(" ")
-    return whole_words if space else tail
+    # With the byte before, a space where a whole word is the first.
+    _, space, words = encoded[-MAX_PREVIOUS_BYTES - 1 :].decode(errors="ignore").partition(" ")
+    return words if space else encoded[-MAX_PREVIOUS_BYTES:].decode(errors="ignore")
 
 
 def check_addition(name: str, template: str) -> None:
     """Raise ValueError for what is no template of a known addition to the prompt."""
     if name not in ADDITIONS:
-        raise ValueError(f"prompt_additions are {', '.join(ADDITIONS)}, not {name!r}")
+        raise ValueError(f"context_templates are {', '.join(ADDITIONS)}, not {name!r}")
     if not isinstance(template, str) or template.count(ADDITION_PLACE) != 1:
         raise ValueError(
             f"the template of {name} needs {ADDITION_PLACE} once, where its text stands: "

@@ -137,9 +137,9 @@ class Transcriber:
         self,
         waveforms: Sequence[np.ndarray],
         prompt: str | None = None,
-        context: str = "",
         max_new_tokens: int | None = None,
         *,
+        context: str = "",
         with_ctc: bool = False,
     ) -> TranscriptBatch:
         """Transcribe clips greedily, in one batch.
@@ -147,8 +147,8 @@ class Transcriber:
         Args:
             waveforms: mono float32, 16 kHz, each (N_i,), at most `max_audio_s` long.
             prompt: replaces the checkpoint's own.
-            context: stands before the audio; see `SpeechLLMProcessor.context`.
             max_new_tokens: cap for every clip; each clip's own cap by duration holds besides.
+            context: stands before the audio; see `SpeechLLMProcessor.context`.
             with_ctc: also read the CTC head.
 
         Raises:

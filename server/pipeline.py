@@ -52,7 +52,7 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     """
     uploaded_s = time.monotonic()
     settings, engine, limits = runtime.settings, runtime.engine, runtime.audio_limits
-    _check_additions(options, engine.prompt_additions)
+    _check_additions(options, engine.context_templates)
     header = probe(data)
     check_header(header, limits)
     in_flight_s = settings.max_excerpts_in_flight * engine.max_audio_s
@@ -94,16 +94,16 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
 
 
 def _check_additions(options: TranscribeOptions, taken: frozenset[str]) -> None:
-    """Refuse what the LLM has not been trained to find in its prompt: it would read it out."""
+    """Refuse what the LLM was not trained to find before the audio: it would read it out."""
     if options.hotwords and "hotwords" not in taken:
         raise InvalidRequestError(
             "this checkpoint takes no hotwords: that needs a CTC head, and training with such "
-            "lists in the prompt",
+            "lists before the audio",
             param="hotwords",
         )
     if options.condition_on_previous_text and "previous_text" not in taken:
         raise InvalidRequestError(
-            "this checkpoint takes no previous text: that needs training with it in the prompt",
+            "this checkpoint takes no previous text: that needs training with it before the audio",
             param="condition_on_previous_text",
         )
 

@@ -78,11 +78,11 @@ class ConnectorStageConfig(BaseModel):
     hotwords_share: float = Field(
         0.0, ge=0, le=1, description="share of the clips with a list of hotwords before them"
     )
-    hotwords_prompt: str = Field("Hotwords: {}.\n", description="what then precedes the audio")
+    hotwords_template: str = Field("Hotwords: {}.\n", description="what then precedes the audio")
     previous_text_share: float = Field(
         0.0, ge=0, le=1, description="share of the clips with the text of another before them"
     )
-    previous_text_prompt: str = Field("Before: {}\n", description="what then precedes the audio")
+    previous_text_template: str = Field("Before: {}\n", description="what then precedes the audio")
     ctc_decoding_weight: float | None = Field(
         None, ge=0, lt=1, description="of the checkpoint from now on; None leaves it as it is"
     )
@@ -318,7 +318,8 @@ class ConnectorStage:
             CheckpointError: the teacher cannot be loaded.
             ValueError: `train_encoder` with cached features, `lora` with `train_llm`, a teacher of
                 other tokens or, with cached features, with another encoder, hotwords without a CTC
-                head or a template to put them in, or `ctc_decoding_weight` without a CTC head.
+                head, a context template without a place for its text, or `ctc_decoding_weight`
+                without a CTC head.
         """
         cached = bool(train) and isinstance(train[0], tuple)
         if cached and config.train_encoder:
@@ -371,12 +372,12 @@ class ConnectorStage:
         if config.hotwords_share and self.model.ctc_head is None:
             raise ValueError("hotwords are filtered by a CTC head, and the model has none")
         for name, share, template in (
-            ("previous_text", config.previous_text_share, config.previous_text_prompt),
-            ("hotwords", config.hotwords_share, config.hotwords_prompt),
+            ("previous_text", config.previous_text_share, config.previous_text_template),
+            ("hotwords", config.hotwords_share, config.hotwords_template),
         ):
             if share:
                 check_addition(name, template)
-                self.processor.prompt_additions[name] = template
+                self.processor.context_templates[name] = template
 
     @property
     def module(self) -> nn.Module:

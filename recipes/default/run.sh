@@ -92,7 +92,7 @@ augment --manifest "$prepared/train_strings.jsonl" --augmented-copies 2 --seed 9
 speechllm train connector --cache "$work/cache2" --cache "$work/cache_human" \
     --cache "$work/cache2_human" --cache "$work/cache2_orders" --cache "$work/cache2_strings" \
     --model "$work/connector1" --epochs 3 --learning-rate 6e-4 --stored-dtype fp16 \
-    "${learning[@]}" --min-ctc-share 0.97 --output "$work/connector"
+    "${learning[@]}" --ctc-decoding-weight 0.3 --output "$work/connector"
 
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default

@@ -61,7 +61,7 @@ class TranscribeForm(BaseModel):
         None,
         description="Words that are likely to be said, between commas or line ends: at most "
         f"{MAX_HOTWORDS} of at most {MAX_HOTWORD_CHARACTERS} characters. Those that sound like "
-        "something in the recording are put into the prompt. For checkpoints trained so.",
+        "something in the recording are put before the audio. For checkpoints trained so.",
         examples=["Ulaanbaatar, Sükhbaatar"],
     )
     condition_on_previous_text: bool = Field(

@@ -39,7 +39,10 @@ class HypothesisBody(BaseModel):
     """One of several answers to a segment."""
 
     text: str
-    score: float = Field(description="Mean log-probability of its tokens.")
+    score: float = Field(
+        description="Mean log-probability of its tokens, weighed with the CTC head's where the "
+        "checkpoint decodes jointly."
+    )
 
 
 class SegmentBody(BaseModel):

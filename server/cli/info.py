@@ -38,7 +38,7 @@ def info(
         "ctc": config.ctc,
         "ctc_tokens": config.ctc_tokens,
         "prompt": config.prompt,
-        "prompt_additions": transcriber.processor.prompt_additions,
+        "context_templates": transcriber.processor.context_templates,
         "languages": config.languages,
         "max_audio_s": transcriber.max_audio_s,
         "device": str(transcriber.device),

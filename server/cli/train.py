@@ -273,19 +273,19 @@ def train_connector(
         float,
         typer.Option(min=0, max=1, help="Share of the clips with hotwords before their audio."),
     ] = 0.0,
-    hotwords_prompt: Annotated[
+    hotwords_template: Annotated[
         str, typer.Option(help="What then precedes the audio, with {} for the list.")
     ] = "Hotwords: {}.\n",
     previous_text_share: Annotated[
         float,
         typer.Option(min=0, max=1, help="Share of the clips with another's text before them."),
     ] = 0.0,
-    previous_text_prompt: Annotated[
+    previous_text_template: Annotated[
         str, typer.Option(help="What then precedes the audio, with {} for the text.")
     ] = "Before: {}\n",
     ctc_decoding_weight: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Of the CTC head when an answer is decoded."),
+        typer.Option(min=0, max=0.99, help="Of the CTC head when an answer is decoded."),
     ] = None,
     spec_augment: Annotated[
         bool, typer.Option(help="SpecAugment, or its like on features.")
@@ -311,8 +311,8 @@ def train_connector(
         train_encoder=train_encoder, train_llm=train_llm, lora=lora,
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
         label_smoothing=label_smoothing, teacher=teacher, teacher_weight=teacher_weight,
-        hotwords_share=hotwords_share, hotwords_prompt=hotwords_prompt,
-        previous_text_share=previous_text_share, previous_text_prompt=previous_text_prompt,
+        hotwords_share=hotwords_share, hotwords_template=hotwords_template,
+        previous_text_share=previous_text_share, previous_text_template=previous_text_template,
         ctc_decoding_weight=ctc_decoding_weight, feature_augment=spec_augment,
         spec_augment=spec_augment, stored_dtype=stored_dtype, compile_layers=compile_layers,
         data=data,

@@ -1,9 +1,9 @@
 """Beam search of one request: which beams go on and which answers stand. Pure; no tensors.
 
 The rules are those of transformers' `generate(num_beams=N, length_penalty=1.0,
-early_stopping=False)`: a finished answer's score is the mean log-probability of its tokens, its
-end token included, and the search ends when N answers have finished and the best running beam's
-mean is no better than the worst of theirs.
+early_stopping=False)`: a finished answer's score is the mean score of its tokens (log-probability,
+or what `model.ctc_prefix` makes of it), its end token included, and the search ends when N answers
+have finished and the best running beam's mean is no better than the worst of theirs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Beam:
     Attributes:
         token_ids: of it, without an end token.
         logprobs: of the tokens under the model.
-        score: summed log-probability, penalties included; of a finished answer, the mean.
+        score: sum of its tokens' scores, see `Candidates`; of a finished answer, the mean.
     """
 
     token_ids: tuple[int, ...] = ()

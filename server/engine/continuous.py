@@ -93,11 +93,11 @@ class ContinuousEngine:
         return self._core.runner.languages
 
     @property
-    def prompt_additions(self) -> frozenset[str]:
-        """What the checkpoint can make use of in its prompt."""
+    def context_templates(self) -> frozenset[str]:
+        """What the checkpoint can make use of before the audio."""
         if self._core is None:
             raise NotReadyError("the model is not loaded")
-        return self._core.runner.prompt_additions
+        return self._core.runner.context_templates
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text."""

@@ -100,8 +100,9 @@ class Candidates:
 
     Attributes:
         token_ids: in the LLM's vocabulary.
-        scores: natural logarithms of their probabilities, after the repetition penalty.
-        logprobs: the same without it.
+        scores: natural logarithms of their probabilities, after the repetition penalty, and
+            weighed with the CTC head's where the checkpoint decodes jointly.
+        logprobs: of the LLM alone, without a penalty.
     """
 
     token_ids: tuple[int, ...]

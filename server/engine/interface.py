@@ -242,8 +242,8 @@ class Engine(Protocol):
         """ISO 639-1 codes that the checkpoint names; empty where it names none."""
 
     @property
-    def prompt_additions(self) -> frozenset[str]:
-        """What the checkpoint can make use of in its prompt: `hotwords`, `previous_text`."""
+    def context_templates(self) -> frozenset[str]:
+        """What the checkpoint can make use of before the audio: `hotwords`, `previous_text`."""
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8; a character may need several tokens."""
@@ -333,8 +333,8 @@ class Runner(Protocol):
         """ISO 639-1 codes that the checkpoint names; empty where it names none."""
 
     @property
-    def prompt_additions(self) -> frozenset[str]:
-        """What the checkpoint can make use of in its prompt: `hotwords`, `previous_text`."""
+    def context_templates(self) -> frozenset[str]:
+        """What the checkpoint can make use of before the audio: `hotwords`, `previous_text`."""
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8. Unlike the rest, called from any thread."""

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from model.alignment import ENCODER_FRAME_S, align_words
 from model.ctc import ctc_greedy
-from model.ctc_prefix import heard_clips
+from model.ctc_prefix import clip_posteriors
 from model.encoder import length_mask
 from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
@@ -34,7 +34,7 @@ from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
-from server.engine.sampling import TokenSampler, choose_tokens
+from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
 from server.log import structured
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from model.ctc_prefix import HeardClip
+    from model.ctc_prefix import ClipPosteriors
     from model.modeling import EmbeddedAudio
     from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
@@ -180,10 +180,10 @@ class SpeechRunner:
         return tuple(self._config.languages or ())
 
     @property
-    def prompt_additions(self) -> frozenset[str]:
-        """What the checkpoint can make use of in its prompt; hotwords need a CTC head too."""
+    def context_templates(self) -> frozenset[str]:
+        """What the checkpoint can make use of before the audio; hotwords need a CTC head too."""
         deaf = {"hotwords"} if self._model.ctc_head is None else set()
-        return frozenset(self._processor.prompt_additions) - deaf
+        return frozenset(self._processor.context_templates) - deaf
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8; safe beside the device's thread."""
@@ -229,7 +229,7 @@ class SpeechRunner:
             decoding: how to choose its tokens.
             with_words: keep what places its text in time, if the checkpoint has a CTC head.
             hotwords: those that are heard stand before the audio when the clip is encoded; for
-                checkpoints whose `prompt_additions` say so.
+                checkpoints whose `context_templates` say so.
             previous_text: of which the end stands before the audio; likewise.
 
         Raises:
@@ -245,7 +245,7 @@ class SpeechRunner:
         max_tokens = min(max_tokens, decoding.max_tokens or max_tokens)
         length, room = len(input_ids) + max_tokens, self._slots.plan.slot_tokens
         if hotwords:  # which of them will be prompted is not known yet
-            length += len(self._processor.prompt_additions["hotwords"].encode()) + MAX_LIST_BYTES
+            length += len(self._processor.context_templates["hotwords"].encode()) + MAX_LIST_BYTES
         if length > room:
             raise InvalidRequestError(
                 f"the prompt, the audio and the longest answer to it take {length} tokens, and "
@@ -321,25 +321,25 @@ class SpeechRunner:
         self._slots.begin_prefill(len(plans), after=after)
         self._fill_slots(embeds[:, :-1], position_ids[:, :-1])
         ends = [len(ids) - 1 for ids in laid_out]
-        heard = self._listen(audio)
+        posteriors = self._posteriors(audio)
         return [
             _Row(
                 prompt_tokens=end + 1,
                 last_embed=embeds[row, end],
                 position_offset=int(positions[end]) - end,
-                sampler=TokenSampler(plan.decoding, self.stop_ids, heard[row]),
+                sampler=TokenSampler(plan.decoding, self.stop_ids, posteriors[row]),
             )
             for row, (end, positions, plan) in enumerate(
                 zip(ends, position_ids.tolist(), plans, strict=True)
             )
         ]
 
-    def _listen(self, audio: EmbeddedAudio) -> Sequence[HeardClip | None]:
+    def _posteriors(self, audio: EmbeddedAudio) -> Sequence[ClipPosteriors | None]:
         """What joint decoding needs of each clip; None where the LLM decodes alone."""
         head, weight = self._model.ctc_head, self._config.ctc_decoding_weight
         if head is None or not weight:
             return [None] * len(audio.audio_lens)
-        return heard_clips(audio, head, self.stop_ids, weight)
+        return clip_posteriors(audio, head, self.stop_ids, weight)
 
     def _embed_audio(self, plans: Sequence[Plan]) -> EmbeddedAudio:
         waveforms = [plan.waveform for plan in plans]
@@ -392,8 +392,8 @@ class SpeechRunner:
         states = [self._rows[parent] for parent in parents]
         self._slots.branch(rows, parents, shared_len=states[0].prompt_tokens)
         self._rows += states[: max(0, max(rows) + 1 - len(self._rows))]
-        for row, state, token_id in zip(rows, states, token_ids, strict=True):
-            sampler = state.sampler.branch(token_id)
+        samplers = branch_samplers([state.sampler for state in states], token_ids)
+        for row, state, sampler, token_id in zip(rows, states, samplers, token_ids, strict=True):
             self._rows[row] = replace(state, sampler=sampler, next_id=token_id)
 
     def _next_embeds(self, active: Sequence[_Row]) -> Tensor:
@@ -413,7 +413,7 @@ class SpeechRunner:
         before = state.sampler
         penalty = max(before.decoding.repetition_penalty, repetition_penalty)
         decoding = replace(before.decoding, repetition_penalty=penalty)
-        state.sampler = TokenSampler(decoding, before.stop_ids, before.heard)
+        state.sampler = TokenSampler(decoding, before.stop_ids, before.posteriors)
 
     def release(self, row: int, *, failed: bool = False) -> None:
         """Free a row; the last one takes its place. What a `failed` one holds is wiped."""

@@ -20,20 +20,29 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from model.ctc_prefix import HeardClip
+    from model.ctc_prefix import ClipPosteriors
 
 
 class TokenSampler:
     """Chooses the tokens of one sequence. Its randomness is its own, so a batch changes none."""
 
     def __init__(
-        self, decoding: Decoding, stop_ids: Collection[int], heard: HeardClip | None = None
+        self,
+        decoding: Decoding,
+        stop_ids: Collection[int],
+        posteriors: ClipPosteriors | None = None,
     ) -> None:
-        """Begin a sequence that tokens of `stop_ids` end, decoded jointly with what is heard."""
+        """Begin a sequence.
+
+        Args:
+            decoding: what was asked for.
+            stop_ids: tokens that end it.
+            posteriors: of the CTC head, to decode jointly with; None for the LLM alone.
+        """
         self.decoding = decoding
         self.stop_ids = stop_ids
-        self.heard = heard
-        self.prefix = CTCPrefix.begin(heard) if heard is not None else None
+        self.posteriors = posteriors
+        self.prefix = CTCPrefix.begin(posteriors) if posteriors is not None else None
         self.n_candidates = candidates_per_beam(decoding.num_beams, len(stop_ids))
         self._generated: set[int] = set()
         self._generator: torch.Generator | None = None
@@ -44,21 +53,25 @@ class TokenSampler:
             else:
                 self._generator.manual_seed(decoding.seed)
 
-    def note(self, token_id: int) -> None:
-        """Count a chosen token as generated; `prefix` is for the caller to extend."""
+    def note(self, token_id: int, prefix: CTCPrefix | None) -> None:
+        """Count a chosen token as generated; `prefix` is the answer with it."""
         self._generated.add(token_id)
+        self.prefix = prefix
 
-    def branch(self, token_id: int) -> TokenSampler:
+    def branch(self, token_id: int, prefix: CTCPrefix | None) -> TokenSampler:
         """Return the sampler of a beam that goes on from this one's with a token."""
         child = copy(self)
         child._generated = {*self._generated, token_id}
-        if child.prefix is not None:
-            child.prefix = child.prefix.extend(token_id)
+        child.prefix = prefix
         return child
 
-    def choose(self, logits: Tensor) -> Token:
-        """Choose from one row of logits (V,)."""
-        scores = self.adjust(logits.float())
+    def choose(self, scores: Tensor, logits: Tensor) -> Token:
+        """Choose from one row.
+
+        Args:
+            scores: (V,) float32, penalised and joint.
+            logits: (V,) of the LLM.
+        """
         if self._generator is None:
             token_id = int(scores.argmax())
         else:
@@ -68,24 +81,19 @@ class TokenSampler:
             logprob = float(logits.float().log_softmax(-1)[token_id])
         return Token(token_id, logprob)
 
-    def adjust(self, scores: Tensor) -> Tensor:
-        """Apply what was asked for, and what is heard, to one row of logits or log-probabilities.
+    def penalise(self, scores: Tensor) -> Tensor:
+        """Apply the repetition penalty to one row of logits or log-probabilities (V,).
 
-        Args:
-            scores: (V,) float32.
-
-        Source of the repetition penalty: CTRL, arXiv 1909.05858, in transformers' form.
+        Source: CTRL, arXiv 1909.05858, in transformers' form.
         """
         penalty = self.decoding.repetition_penalty
-        if penalty != 1 and self._generated:
-            ids = torch.tensor(sorted(self._generated), device=scores.device)
-            chosen = scores[ids]
-            scores = scores.index_copy(
-                0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty)
-            )
-        if self.prefix is not None:
-            scores = joint_scores(scores[None], [self.prefix])[0]
-        return scores
+        if penalty == 1 or not self._generated:
+            return scores
+        ids = torch.tensor(sorted(self._generated), device=scores.device)
+        chosen = scores[ids]
+        return scores.index_copy(
+            0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty)
+        )
 
     def _draw(self, scores: Tensor, generator: torch.Generator) -> int:
         """Invert the distribution function at one uniform number, drawn on the host."""
@@ -117,62 +125,96 @@ def choose_tokens(
     # One transfer to the host for all rows; a NaN is the maximum of its row.
     best, ids = logits.max(-1)
     plain, largest = ids.tolist(), best.tolist()
-    _listen(logits, samplers, plain)
+    scores = _adjusted(logits, samplers)
+    jointly = [row for row in scores if samplers[row].prefix is not None]
+    if jointly:
+        best, ids = torch.stack([scores[row] for row in jointly]).max(-1)
+        for row, token_id, value in zip(jointly, ids.tolist(), best.tolist(), strict=True):
+            plain[row] = token_id
+            largest[row] += value  # so that it is finite where both are
     beams = [row for row, sampler in enumerate(samplers) if sampler.decoding.num_beams > 1]
-    candidates = _rank(logits, beams, samplers) if beams else {}
+    candidates = _rank(logits, scores, beams, samplers) if beams else {}
     chosen: list[Token | Candidates | None] = []
     for row, sampler in enumerate(samplers):
         if not isfinite(largest[row]):
             chosen.append(None)
         elif row in candidates:
             chosen.append(candidates[row])
+        elif sampler.decoding.is_plain:
+            chosen.append(Token(plain[row]))
         else:
-            is_plain = sampler.decoding.is_plain
-            token = Token(plain[row]) if is_plain else sampler.choose(logits[row])
-            sampler.note(token.id)
-            chosen.append(token)
-    _follow(samplers, chosen)
+            chosen.append(sampler.choose(scores[row], logits[row]))
+    _note(samplers, chosen)
     return chosen
 
 
-def _follow(samplers: Sequence[TokenSampler], chosen: Sequence[Token | Candidates | None]) -> None:
-    """Extend the prefixes of those that have chosen a token and go on."""
-    followed = [
-        (sampler, sampler.prefix, token.id)
-        for sampler, token in zip(samplers, chosen, strict=True)
-        if isinstance(token, Token)
-        and sampler.prefix is not None
-        and token.id not in sampler.stop_ids
+def branch_samplers(
+    samplers: Sequence[TokenSampler], token_ids: Sequence[int]
+) -> list[TokenSampler]:
+    """Return the samplers of beams that go on from these, each with a token."""
+    prefixes = _extended(samplers, token_ids)
+    return [
+        sampler.branch(token_id, prefix)
+        for sampler, token_id, prefix in zip(samplers, token_ids, prefixes, strict=True)
     ]
-    extended = extend_prefixes([each[1] for each in followed], [each[2] for each in followed])
-    for (sampler, _, _), prefix in zip(followed, extended, strict=True):
-        sampler.prefix = prefix
 
 
-def _listen(logits: Tensor, samplers: Sequence[TokenSampler], plain: list[int]) -> None:
-    """Replace the likeliest tokens of those plain rows that are decoded jointly."""
-    prefixes = {
-        row: sampler.prefix
-        for row, sampler in enumerate(samplers)
-        if sampler.prefix is not None and sampler.decoding.is_plain
-    }
+def _adjusted(logits: Tensor, samplers: Sequence[TokenSampler]) -> dict[int, Tensor]:
+    """Scores (V,) of the rows that want more than their logits: penalised, then joint.
+
+    As in transformers, those of beams are log-probabilities.
+    """
+    scores: dict[int, Tensor] = {}
+    prefixes: dict[int, CTCPrefix] = {}
+    for row, sampler in enumerate(samplers):
+        if sampler.prefix is not None:
+            prefixes[row] = sampler.prefix
+        elif sampler.decoding.is_plain:
+            continue
+        own = logits[row].float()
+        scores[row] = sampler.penalise(
+            own.log_softmax(-1) if sampler.decoding.num_beams > 1 else own
+        )
     if prefixes:
-        scores = joint_scores(logits[[*prefixes]], [*prefixes.values()])
-        for row, token_id in zip(prefixes, scores.argmax(-1).tolist(), strict=True):
-            plain[row] = token_id
+        joint = joint_scores(torch.stack([scores[row] for row in prefixes]), [*prefixes.values()])
+        scores |= zip(prefixes, joint, strict=True)
+    return scores
+
+
+def _note(samplers: Sequence[TokenSampler], chosen: Sequence[Token | Candidates | None]) -> None:
+    """Let the samplers know which tokens they have chosen."""
+    tokens = {row: each.id for row, each in enumerate(chosen) if isinstance(each, Token)}
+    noted = [samplers[row] for row in tokens]
+    # Whatever fails does so before any of them has changed.
+    prefixes = _extended(noted, [*tokens.values()])
+    for sampler, token_id, prefix in zip(noted, tokens.values(), prefixes, strict=True):
+        sampler.note(token_id, prefix)
+
+
+def _extended(samplers: Sequence[TokenSampler], token_ids: Sequence[int]) -> list[CTCPrefix | None]:
+    """Each sampler's prefix with a token; an end token adds nothing."""
+    prefixes = [sampler.prefix for sampler in samplers]
+    growing = {
+        index: prefix
+        for index, (sampler, prefix) in enumerate(zip(samplers, prefixes, strict=True))
+        if prefix is not None and token_ids[index] not in sampler.stop_ids
+    }
+    grown = extend_prefixes([*growing.values()], [token_ids[index] for index in growing])
+    for index, prefix in zip(growing, grown, strict=True):
+        prefixes[index] = prefix
+    return prefixes
 
 
 def _rank(
-    logits: Tensor, rows: Sequence[int], samplers: Sequence[TokenSampler]
+    logits: Tensor,
+    scores: dict[int, Tensor],
+    rows: Sequence[int],
+    samplers: Sequence[TokenSampler],
 ) -> dict[int, Candidates]:
-    """Candidates of each beam's row. As in transformers, log-probabilities are adjusted."""
+    """Candidates of each beam's row."""
     logprobs = logits[rows].float().log_softmax(-1)
-    own = [samplers[row] for row in rows]
-    scores = torch.stack(
-        [sampler.adjust(each) for sampler, each in zip(own, logprobs, strict=True)]
-    )
-    count = min(max(sampler.n_candidates for sampler in own), logits.shape[-1])
-    top, ids = scores.topk(count)
+    count = min(max(samplers[row].n_candidates for row in rows), logits.shape[-1])
+    top, ids = torch.stack([scores[row] for row in rows]).topk(count)
     columns = zip(rows, ids.tolist(), top.tolist(), logprobs.gather(-1, ids).tolist(), strict=True)
     return {
         row: Candidates(tuple(token_ids), tuple(values), tuple(plain))

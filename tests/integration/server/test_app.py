@@ -232,7 +232,7 @@ class HeldEngine:
 
     max_audio_s = 30.0
     languages = ()
-    prompt_additions = frozenset()
+    context_templates = frozenset()
 
     def __init__(self):
         self.may_start = asyncio.Event()

@@ -284,7 +284,7 @@ class ScriptedEngine:
 
     max_audio_s = 30.0
     languages = ()
-    prompt_additions = frozenset()
+    context_templates = frozenset()
 
     def __init__(self, pieces, end="stop"):
         self.pieces = pieces

@@ -3,13 +3,14 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.ctc import CTCHead
-from model.ctc_prefix import CTCPrefix, HeardClip, prefix_scores
+from model.ctc_prefix import ClipPosteriors, CTCPrefix, extend_prefixes, joint_scores
 
 VOCABULARY, BLANK, END = 7, 1, 2
 SOME = [3, 5]  # what a head over some tokens covers
@@ -22,15 +23,17 @@ def make_head(n_tokens: int | None = None) -> CTCHead:
     return head
 
 
-def listen(seed: int, n_frames: int, head: CTCHead) -> tuple[torch.Tensor, HeardClip]:
+def listen(seed: int, n_frames: int, head: CTCHead) -> tuple[torch.Tensor, ClipPosteriors]:
     """Posteriors of random frames, and the clip with them."""
     n_outputs = head.out_features
     logits = 2 * torch.randn(n_frames, n_outputs, generator=torch.Generator().manual_seed(seed))
-    return logits.double().softmax(-1), HeardClip(logits, head, [END], 0.3)
+    return logits.double().softmax(-1), ClipPosteriors(logits, head, [END], 0.3)
 
 
-def scores_of(prefix: CTCPrefix) -> torch.Tensor:
-    return prefix_scores([prefix], VOCABULARY)[0]
+def scores_of(*prefixes: CTCPrefix) -> torch.Tensor:
+    """What the head adds to the LLM's scores (R, V)."""
+    llm = torch.zeros(len(prefixes), VOCABULARY)
+    return joint_scores(llm, prefixes) / prefixes[0].clip.weight
 
 
 def sentences(posteriors: torch.Tensor, head: CTCHead) -> dict[tuple[int, ...], float]:
@@ -60,10 +63,11 @@ def test_scores_are_those_of_the_sum_over_all_paths(seed: int, n_tokens: int | N
         for token in answer:
             prefix = prefix.extend(token)
         so_far = begins(sums, answer)
-        if so_far < 1e-12:  # more tokens than frames
+        if so_far < 1e-12:  # more tokens than frames: the last is passed over
+            assert prefix.last == answer[-2]
             continue
         assert prefix.log_prob == pytest.approx(math.log(so_far), abs=1e-5)
-        scores = scores_of(prefix)
+        scores = scores_of(prefix)[0]
         for token in (3, 5):
             share = begins(sums, (*answer, token)) / so_far
             if share > 1e-12:
@@ -72,9 +76,9 @@ def test_scores_are_those_of_the_sum_over_all_paths(seed: int, n_tokens: int | N
                 assert scores[token] < -30
         ended = math.log(sums[answer] / so_far)
         assert scores[END].item() == pytest.approx(ended, abs=1e-4)
-        assert scores[BLANK] == -40.0
-        if n_tokens is not None:
-            assert scores[4] == scores[6] == -40.0
+        assert scores[BLANK] == pytest.approx(-40.0)
+        if n_tokens is not None:  # left to the LLM
+            assert scores[4] == scores[6] == scores[[3, 5, END]].max()
 
 
 @given(
@@ -93,23 +97,60 @@ def test_whatever_was_said_the_next_token_is_one_of_those_that_are_scored(
             break
         assert longer.log_prob <= prefix.log_prob + 1e-6
         prefix = longer
-    scores = scores_of(prefix)
+    scores = scores_of(prefix)[0]
     # The end token's own output is taken for the end of the answer.
-    as_output = prefix.extend(END).log_prob - prefix.log_prob
-    assert scores.exp().sum() + math.exp(as_output) == pytest.approx(1.0, abs=1e-3)
+    as_output = prefix.extend(END)
+    share = math.exp(as_output.log_prob - prefix.log_prob) if as_output is not prefix else 0.0
+    assert float(scores.exp().sum()) + share == pytest.approx(1.0, abs=1e-3)
 
 
-def test_runs_of_silence_change_nothing_but_the_work() -> None:
+def test_runs_of_silence_change_next_to_nothing_but_the_work() -> None:
     head = make_head()
     said = [BLANK] * 50 + [3] + [BLANK] * 80 + [3, 5, 5] + [BLANK] * 30
-    logits = 15.0 * torch.nn.functional.one_hot(torch.tensor(said), VOCABULARY)
-    clip = HeardClip(logits, head, [END], 0.3)
-    assert len(clip.posteriors) == 7
-    prefix = CTCPrefix.begin(clip)
-    for token in (3, 3, 5):
-        assert scores_of(prefix).argmax() == token
-        prefix = prefix.extend(token)
-    assert scores_of(prefix).argmax() == END
+    logits = 9.5 * torch.nn.functional.one_hot(torch.tensor(said), VOCABULARY)
+    logits[-25:, 6] += 2.0  # what ends a sentence is written into the pause behind it
+    clip = ClipPosteriors(logits, head, [END], 0.3)
+    assert len(clip) < 30 < len(said)
+    whole = ClipPosteriors(logits, head, [END], 0.3)
+    whole.posteriors = logits.softmax(-1)
+    whole.array = whole.posteriors.numpy()
+    whole.log_blank = np.log(whole.array[:, BLANK].astype("float64"))
+    short, long = CTCPrefix.begin(clip), CTCPrefix.begin(whole)
+    for token in (3, 3, 5, 6, 6):
+        both = scores_of(short), scores_of(long)
+        torch.testing.assert_close(*both, atol=0.5, rtol=0)
+        short, long = short.extend(token), long.extend(token)
+    assert short.log_prob == pytest.approx(long.log_prob, abs=0.5)
+
+
+def test_prefixes_are_scored_and_extended_together_as_alone() -> None:
+    head = make_head()
+    clips = [listen(seed, n_frames, head)[1] for seed, n_frames in enumerate((1, 7, 40, 90))]
+    prefixes = [CTCPrefix.begin(clip) for clip in clips]
+    for tokens in ([3, 5, 6, 0], [3, 5, 5, BLANK], [0, 5, 6, 6], [4, 4, 4, 4]):
+        alone = [prefix.extend(token) for prefix, token in zip(prefixes, tokens, strict=True)]
+        prefixes = extend_prefixes(prefixes, tokens)
+        for one, other in zip(prefixes, alone, strict=True):
+            assert (one.start, one.last) == (other.start, other.last)
+            assert one.log_prob == pytest.approx(other.log_prob, abs=1e-9)
+            np.testing.assert_allclose(one.either, other.either, atol=1e-9)
+        together = scores_of(*prefixes)
+        separate = torch.cat([scores_of(prefix) for prefix in prefixes])
+        torch.testing.assert_close(together, separate, atol=1e-4, rtol=0)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    logits = torch.zeros(5, VOCABULARY)
+    logits[2, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        ClipPosteriors(logits, make_head(), [END], 0.3)
+
+
+def test_a_clip_of_silence_ends_at_once() -> None:
+    logits = torch.full((200, VOCABULARY), -20.0)
+    logits[:, BLANK] = 0.0
+    prefix = CTCPrefix.begin(ClipPosteriors(logits, make_head(), [END], 0.3))
+    assert scores_of(prefix)[0].argmax() == END
 
 
 def test_a_token_without_an_output_leaves_the_place_as_it_was() -> None:
@@ -120,11 +161,11 @@ def test_a_token_without_an_output_leaves_the_place_as_it_was() -> None:
     assert prefix.extend(BLANK) is prefix
 
 
-def test_an_hour_of_nothing_heard_keeps_every_score_finite() -> None:
+def test_an_answer_that_nobody_said_keeps_every_score_finite() -> None:
     logits = torch.full((1500, VOCABULARY), -200.0)
     logits[:, BLANK] = 0.0
     logits[::100, 4] = 0.1
-    clip = HeardClip(logits, make_head(), [END], 0.3)
+    clip = ClipPosteriors(logits, make_head(), [END], 0.3)
     prefix = CTCPrefix.begin(clip)
     for token in [3, 3, 5, 0, 6] * 8:
         prefix = prefix.extend(token)

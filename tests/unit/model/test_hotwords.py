@@ -22,7 +22,7 @@ HEARD = "the medecine was prescribed by doctor katherin mcdougal in ulan batar"
 @pytest.fixture(scope="module")
 def processor(tiny_checkpoint: Path) -> SpeechLLMProcessor:
     made = load_processor(tiny_checkpoint)
-    made.prompt_additions = {"hotwords": "Hotwords: {}.\n"}
+    made.context_templates = {"hotwords": "Hotwords: {}.\n"}
     return made
 
 
@@ -83,5 +83,5 @@ def test_no_hotword_becomes_a_special_token(
         each for each in plain.prefix if each in special
     ]
     # In the least bytes a token may have, as the engine reckons with.
-    room = len(processor.prompt_additions["hotwords"].encode()) + len(listed.encode())
+    room = len(processor.context_templates["hotwords"].encode()) + len(listed.encode())
     assert len(ids.prefix) <= len(plain.prefix) + room

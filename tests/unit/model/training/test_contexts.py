@@ -39,7 +39,7 @@ def test_a_share_of_the_clips_has_hotwords_before_it(fresh_model, utterances):
     # Not every sampled list has a word in it.
     assert 0.3 < len(listed) / len(contexts) < 0.5
     assert not any(set(contexts) - set(listed) - {""})
-    assert stage.processor.prompt_additions == {"hotwords": "Hotwords: {}.\n"}
+    assert stage.processor.context_templates == {"hotwords": "Hotwords: {}.\n"}
 
 
 def test_a_share_of_the_clips_has_the_text_of_another_before_it(fresh_model, utterances):
@@ -52,7 +52,7 @@ def test_a_share_of_the_clips_has_the_text_of_another_before_it(fresh_model, utt
             assert context in {"", *(f"Before: {text}\n" for text in others)}
             n_before += bool(context)
     assert n_before > 10
-    assert stage.processor.prompt_additions == {"previous_text": "Before: {}\n"}
+    assert stage.processor.context_templates == {"previous_text": "Before: {}\n"}
 
 
 def test_a_run_that_is_resumed_sees_the_same_lists(fresh_model, utterances):
@@ -66,7 +66,7 @@ def test_a_run_that_is_resumed_sees_the_same_lists(fresh_model, utterances):
 def test_without_a_share_nothing_changes(fresh_model, utterances):
     stage = make_stage(fresh_model, utterances, 0.0)
     assert "contexts" not in next(stage.epoch(0, 0, 1).iterate(0))
-    assert stage.processor.prompt_additions == {}
+    assert stage.processor.context_templates == {}
 
 
 def test_a_model_without_a_ctc_head_cannot_learn_them(fresh_model, utterances):

@@ -326,7 +326,7 @@ def listening(request, tmp_path_factory):
     """A model that says that its prompt takes what was said before, and hotwords."""
     folder = tmp_path_factory.mktemp("listening") / "checkpoint"
     made = make_speech_model(folder, request.param)
-    made.processor.prompt_additions = {"previous_text": "<{}> ", "hotwords": "[{}] "}
+    made.processor.context_templates = {"previous_text": "<{}> ", "hotwords": "[{}] "}
     made.processor.save_pretrained(folder)
     return Transcriber.from_pretrained(folder, device="cpu")
 
@@ -369,15 +369,15 @@ def test_the_previous_text_stands_in_the_prompt_that_generate_is_given(listening
 def test_hotwords_need_a_ctc_head(tmp_path):
     make_tiny_checkpoint(tmp_path / "deaf", ctc="none")
     deaf = Transcriber.from_pretrained(tmp_path / "deaf", device="cpu")
-    deaf.processor.prompt_additions = {"previous_text": "<{}> ", "hotwords": "[{}] "}
-    assert SpeechRunner(deaf, max_slots=1).prompt_additions == {"previous_text"}
+    deaf.processor.context_templates = {"previous_text": "<{}> ", "hotwords": "[{}] "}
+    assert SpeechRunner(deaf, max_slots=1).context_templates == {"previous_text"}
 
 
 def test_room_is_kept_for_the_longest_list_of_hotwords(tiny):
-    tiny.processor.prompt_additions = {"hotwords": " [{}]"}
+    tiny.processor.context_templates = {"hotwords": " [{}]"}
     runner = SpeechRunner(tiny, max_slots=1)
     prompt = "zero " * 90
     assert runner.plan(noise(30.0), prompt)
     with pytest.raises(InvalidRequestError, match="there is room for"):
         runner.plan(noise(30.0), prompt, hotwords=("zero",))
-    tiny.processor.prompt_additions = {}
+    tiny.processor.context_templates = {}

@@ -4,9 +4,9 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from model.ctc import CTCHead
-from model.ctc_prefix import HeardClip
+from model.ctc_prefix import ClipPosteriors
 from server.engine.decoding import Candidates, Decoding
-from server.engine.sampling import TokenSampler, choose_tokens
+from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
 
 VOCABULARY = 50
 STOP_IDS = frozenset({0, 3})
@@ -22,7 +22,7 @@ def logits_of(seed, rows=1):
 
 def draw(decoding, logits, n=1):
     sampler = begin(decoding)
-    return [sampler.choose(logits).id for _ in range(n)]
+    return [sampler.choose(logits, logits).id for _ in range(n)]
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -79,10 +79,10 @@ def test_the_repetition_penalty_is_transformers_own(logits_seed, penalty, genera
     logits = logits_of(logits_seed)
     sampler = begin(Decoding(repetition_penalty=penalty))
     for token in generated:
-        sampler.note(token)
+        sampler.note(token, None)
     ids = torch.tensor([generated], dtype=torch.int64)
     expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()).argmax()
-    assert sampler.choose(logits[0]).id == int(expected)
+    assert sampler.choose(sampler.penalise(logits[0]), logits[0]).id == int(expected)
 
 
 def test_a_row_that_is_not_finite_gives_no_token_and_spoils_no_other():
@@ -105,7 +105,7 @@ def test_what_is_heard_counts_whatever_else_is_asked_for():
     head = CTCHead(4, VOCABULARY, blank_id=1)
     path = [7, 1, 7, 9]
     ctc_logits = 20.0 * torch.nn.functional.one_hot(torch.tensor(path), VOCABULARY)
-    heard = HeardClip(ctc_logits, head, STOP_IDS, weight=0.9)
+    posteriors = ClipPosteriors(ctc_logits, head, STOP_IDS, weight=0.9)
     decodings = [
         Decoding(),
         Decoding(logprobs=True),
@@ -113,7 +113,7 @@ def test_what_is_heard_counts_whatever_else_is_asked_for():
         Decoding(repetition_penalty=1.5),
         Decoding(num_beams=3),
     ]
-    samplers = [TokenSampler(decoding, STOP_IDS, heard) for decoding in decodings]
+    samplers = [TokenSampler(decoding, STOP_IDS, posteriors) for decoding in decodings]
     samplers.append(begin(Decoding()))
     for step, expected in enumerate([{7}, {7}, {9}, STOP_IDS]):
         logits = logits_of(step, len(samplers))
@@ -122,7 +122,7 @@ def test_what_is_heard_counts_whatever_else_is_asked_for():
             ids = choice.token_ids if isinstance(choice, Candidates) else [choice.id]
             assert ids[0] in expected
             if isinstance(choice, Candidates):
-                samplers[row] = samplers[row].branch(ids[0])
+                (samplers[row],) = branch_samplers([samplers[row]], [ids[0]])
         assert choices[-1].id == logits[-1].argmax()
         of_the_llm = logits[1].log_softmax(-1)[choices[1].id]
         torch.testing.assert_close(torch.tensor(choices[1].logprob), of_the_llm)
