@@ -91,8 +91,26 @@ augment --manifest "$prepared/train_strings.jsonl" --augmented-copies 2 --seed 9
     --output "$work/cache2_strings"
 speechllm train connector --cache "$work/cache2" --cache "$work/cache_human" \
     --cache "$work/cache2_human" --cache "$work/cache2_orders" --cache "$work/cache2_strings" \
-    --model "$work/connector1" --epochs 3 --learning-rate 6e-4 --stored-dtype fp16 \
-    "${learning[@]}" --ctc-decoding-weight 0.3 --output "$work/connector"
+    --model "$work/connector1" --epochs 3 --learning-rate 6e-4 --stored-dtype fp32 \
+    "${learning[@]}" --output "$work/connector2"
+
+# Two short epochs more, for lists of hotwords and the text before, and to decode jointly from now on.
+# The orders are transcribed by the model itself; all audio is varied, near silence around it included.
+python "$here/pseudo_label.py" --data-dir "$data" --model "$work/connector2" \
+    --output "$prepared/picovoice3.jsonl"
+awk 'NR % 3 == 1' "$prepared/train.jsonl" >"$work/train_third2.jsonl"
+augment --manifest "$work/train_third2.jsonl" --plain-copies 0 --augmented-copies 1 --seed 14 \
+    --output "$work/cache3"
+augment --manifest "$prepared/train_human.jsonl" --augmented-copies 3 --seed 11 \
+    --output "$work/cache3_human"
+augment --manifest "$prepared/picovoice3.jsonl" --augmented-copies 3 --seed 12 \
+    --output "$work/cache3_orders"
+speechllm train connector --cache "$work/cache3" --cache "$work/cache3_human" \
+    --cache "$work/cache3_orders" --model "$work/connector2" --dev "$prepared/dev.jsonl" \
+    --train-llm --llm-lr-scale 1.0 --ctc-weight 0.3 --warmup-steps 60 --max-batch-audio-s 40 \
+    --concatenation 0.3 --epochs 2 --learning-rate 2e-4 --hotwords-share 0.2 \
+    --previous-text-share 0.15 --ctc-decoding-weight 0.3 --stored-dtype fp16 --compile-layers \
+    --output "$work/connector"
 
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default
