@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSpeechSeq2Seq,
     AutoProcessor,
     GemmaConfig,
+    GenerationConfig,
     GPT2Config,
     LlamaConfig,
 )
@@ -100,6 +101,28 @@ def test_answers_are_decoded_jointly_with_the_ctc_head(
     frames, frame_lens = model.encode(batch["input_features"], batch["feature_lens"])
     cached = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert answers({**cached, "encoder_frames": frames, "frame_lens": frame_lens}) == jointly
+
+
+def test_joint_decoding_takes_the_options_of_generate(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor
+) -> None:
+    model.config.ctc_decoding_weight = 0.5
+    batch = processor(clips()[:1])
+    several = model.generate(**batch, max_new_tokens=4, num_beams=3, num_return_sequences=3)
+    assert len(several) == 3
+    assert not several.requires_grad
+    plain = model.generate(**batch, max_new_tokens=6, do_sample=False)
+    ends = plain[0, batch["input_ids"].shape[1] + 2].item()
+    given = GenerationConfig(eos_token_id=[2, ends], pad_token_id=0)
+    by_config = model.generate(**batch, max_new_tokens=6, do_sample=False, generation_config=given)
+    by_option = model.generate(
+        **batch, max_new_tokens=6, do_sample=False, eos_token_id=torch.tensor([2, ends])
+    )
+    assert by_config.tolist() == by_option.tolist()
+    endless = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert endless.shape[1] == batch["input_ids"].shape[1] + 6
+    with pytest.raises(ValueError, match="no assisted decoding"):
+        model.generate(**batch, prompt_lookup_num_tokens=2)
 
 
 @torch.inference_mode()
