@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make weights/default from nothing but the recordings, the text and the published Whisper tiny.en
-# encoder. Every step resumes where a killed run stopped; the stages took about five hours in all on
+# encoder. Every step resumes where a killed run stopped; the stages took about six hours in all on
 # two cores of a server CPU with bf16 matrix units (AMX), with other work beside.
 #
 #   recipes/default/run.sh DATA WORK
