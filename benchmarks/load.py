@@ -6,6 +6,7 @@ RTFx is audio seconds transcribed in a second of wall time.
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import statistics
 import threading
@@ -25,6 +26,7 @@ from model.data.manifest import read_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from multiprocessing.connection import Connection
 
     from numpy.typing import NDArray
 
@@ -174,24 +176,34 @@ def run_clients(
 
 @contextmanager
 def watch_health(url: str, durations_s: list[float]) -> Iterator[None]:
-    """Ask `/health/live` again and again from a client of its own; note how long each takes."""
-    over = threading.Event()
+    """Ask `/health/live` again and again; note how long each answer takes.
 
-    def watch() -> None:
-        with httpx.Client(timeout=REQUEST_TIMEOUT_S) as client:
-            while not over.wait(HEALTH_INTERVAL_S):
-                started = time.perf_counter()
-                try:
-                    client.get(f"{url}/health/live").raise_for_status()
-                except httpx.HTTPError:
-                    durations_s.append(REQUEST_TIMEOUT_S)
-                    return
-                durations_s.append(time.perf_counter() - started)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+    From a process of its own: beside the clients it would wait for them, not for the server.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    process = context.Process(target=_watch, args=(url, its), daemon=True)
+    process.start()
+    ours.recv()  # it is connected
     try:
         yield
     finally:
-        over.set()
-        thread.join()
+        ours.send(None)
+        durations_s += ours.recv()
+        process.join()
+
+
+def _watch(url: str, pipe: Connection) -> None:
+    durations_s: list[float] = []
+    with httpx.Client(base_url=url, timeout=REQUEST_TIMEOUT_S) as client:
+        client.get("/health/live")
+        pipe.send(None)
+        while not pipe.poll(HEALTH_INTERVAL_S):
+            started = time.perf_counter()
+            try:
+                client.get("/health/live").raise_for_status()
+            except httpx.HTTPError:
+                durations_s.append(REQUEST_TIMEOUT_S)
+                break
+            durations_s.append(time.perf_counter() - started)
+    pipe.send(durations_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,10 @@ def _load_runner(settings: Settings) -> Runner:
     from server.engine.runner import SpeechRunner, use_cpu_threads  # noqa: PLC0415 - see above
 
     use_cpu_threads(settings.cpu_threads)
-    return SpeechRunner.load(
+    if gc.get_freeze_count():  # of a runner that has died
+        gc.unfreeze()
+        gc.collect()
+    runner = SpeechRunner.load(
         settings.model,
         settings.device,
         settings.dtype,
@@ -118,3 +122,8 @@ def _load_runner(settings: Settings) -> Runner:
         kv_cache_bytes=settings.kv_cache_mib << 20 or None,
         cuda_graphs=settings.cuda_graphs,
     )
+    # All of it stays. Each search for garbage among what torch and transformers have made would
+    # stop every thread, the event loop's too, for a third of a second.
+    gc.collect()
+    gc.freeze()
+    return runner

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
+
+# Otherwise its Linux wheels (from 1.29 on) note what models are run and send it to their makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime  # reads the variable as it is loaded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

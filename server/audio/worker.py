@@ -6,8 +6,6 @@ while nobody reads, the pipe fills and it waits. Ends when stdin does.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import resource
 import sys
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MEMORY_BYTES = 2 << 30  # address space; the libraries alone take about a quarter
-_PIPE_BYTES = 1 << 20  # the most that Linux gives without privileges; 16 s of audio
+_NICENESS = 10  # where cores are scarce, the event loop and the engine go first
 _PROGRESS_S = 30.0  # of audio between two reports
 
 
@@ -33,11 +31,9 @@ def main() -> None:
     """Answer messages until the server closes the pipe."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(_NICENESS)
     # Decoding libraries print; the answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "wb")
-    # So that a clip passes in few pieces: each wakes the server's event loop.
-    with contextlib.suppress(OSError):  # a user's pipes together are limited
-        fcntl.fcntl(answers, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     answers.write(wire.pack({"ready": True}, 0))

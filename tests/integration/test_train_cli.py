@@ -256,6 +256,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def steps_saved(folder: Path) -> int:
+    """Optimizer steps in the state of a run that may be replacing that very state right now."""
+    try:
+        return json.loads((folder / "state" / "progress.json").read_text())["step"]
+    except FileNotFoundError:
+        return 0
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_resumes_to_the_same_curve_and_weights(work: Path, tmp_path: Path) -> None:
     options = [*whisper_options(work), "--save-every-s", 0.001, "--augment"]
@@ -266,10 +274,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(work: Path, tmp_path
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
-        progress = killed / "state" / "progress.json"
-        while process.poll() is None and not (
-            progress.exists() and json.loads(progress.read_text() or "{}").get("step", 0) >= 3
-        ):
+        while process.poll() is None and steps_saved(killed) < 3:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
     assert not (killed / "model.safetensors").exists(), "killed too late to test anything"

@@ -13,6 +13,8 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, UploadFile
 
 from benchmarks.load import (
+    HEALTH_INTERVAL_S,
+    REQUEST_TIMEOUT_S,
     Clip,
     Measurement,
     make_clips,
@@ -94,6 +96,9 @@ def test_clients_post_every_clip_once_and_count_what_fails(url: str) -> None:
     health_s: list[float] = []
     with watch_health(url, health_s):
         run_clients(url, clips, 2, measurement)
+        time.sleep(3 * HEALTH_INTERVAL_S)
     assert (measurement.errors, len(measurement.latencies_s)) == (1, 2)
     assert measurement.audio_s == pytest.approx(1.1)
     assert measurement.wall_s > 0
+    assert health_s
+    assert max(health_s) < REQUEST_TIMEOUT_S

@@ -50,6 +50,11 @@ async def test_uploads_are_decoded_and_refused_in_other_processes(pool):
     assert os.getpid() not in pool.process_ids
 
 
+async def test_decoding_leaves_the_processor_to_the_server_where_it_is_scarce(pool):
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert all(os.getpriority(os.PRIO_PROCESS, pid) > own for pid in pool.process_ids)
+
+
 async def test_speech_is_found_in_other_processes(pool):
     assert await decode(pool, encode(tone(0.5)), finds_speech=True) == (
         [], Progress(0.5, is_long=False, is_done=True),

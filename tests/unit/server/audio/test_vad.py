@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,18 @@ def test_noise_and_tones_are_no_speech():
     assert probabilities(noise).max() < 0.2
     assert probabilities(tone(3.0)).max() < 0.2
     assert probabilities(np.zeros(48_000, np.float32)).max() < 0.2
+
+
+def test_nothing_is_noted_of_the_user(tmp_path):
+    # onnxruntime collects what it has run in the home folder, and sends it away.
+    turns_it_off = ("CI", "ORT_")
+    kept = {name: each for name, each in os.environ.items() if not name.startswith(turns_it_off)}
+    subprocess.run(
+        [sys.executable, "-c", "from server.audio.vad import SpeechDetector; SpeechDetector()"],
+        env={**kept, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        check=True,
+    )
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_recorded_speech_is_speech(shared_data):
