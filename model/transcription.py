@@ -133,7 +133,7 @@ class Transcriber:
         return float(self.config.max_audio_s)
 
     @torch.inference_mode()
-    def transcribe(
+    def transcribe(  # noqa: PLR0913 - what a batch is decoded with
         self,
         waveforms: Sequence[np.ndarray],
         prompt: str | None = None,
@@ -141,8 +141,9 @@ class Transcriber:
         *,
         context: str = "",
         with_ctc: bool = False,
+        num_beams: int = 1,
     ) -> TranscriptBatch:
-        """Transcribe clips greedily, in one batch.
+        """Transcribe clips in one batch.
 
         Args:
             waveforms: mono float32, 16 kHz, each (N_i,), at most `max_audio_s` long.
@@ -150,10 +151,14 @@ class Transcriber:
             max_new_tokens: cap for every clip; each clip's own cap by duration holds besides.
             context: stands before the audio; see `SpeechLLMProcessor.context`.
             with_ctc: also read the CTC head.
+            num_beams: of beam search; 1 for greedy search. With beams, an answer that is cut at its
+                clip's cap may differ from that of the clip alone: those that go on compete with it.
 
         Raises:
-            ValueError: an empty or too long clip, or a cap below 1.
+            ValueError: an empty or too long clip, or a cap or number of beams below 1.
         """
+        if num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {num_beams}")
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if not waveforms:
@@ -173,7 +178,8 @@ class Transcriber:
         budgets = [token_budget(self.config, duration) for duration in durations_s]
         if max_new_tokens is not None:
             budgets = [min(budget, max_new_tokens) for budget in budgets]
-        generated = self._generate(frames, frame_lens, budgets, prompt, context)
+        sequences = self._sequences(frame_lens, prompt, context)
+        generated = self._generate(sequences, frames, frame_lens, max(budgets), num_beams)
         ctc_texts = self._read_ctc(frames, frame_lens) if with_ctc else [None] * len(budgets)
         transcripts = [
             self._transcript(ids, budget, ctc_text)
@@ -181,28 +187,31 @@ class Transcriber:
         ]
         return TranscriptBatch(transcripts, encoded - started, time.perf_counter() - encoded)
 
-    def _generate(
-        self,
-        frames: Tensor,
-        frame_lens: Tensor,
-        budgets: list[int],
-        prompt: str | None,
-        context: str,
-    ) -> list[list[int]]:
+    def _sequences(self, frame_lens: Tensor, prompt: str | None, context: str) -> dict[str, Tensor]:
         audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
         count = len(audio_lens)
         batch = self.processor.sequences(
             audio_lens, prompts=[prompt] * count, contexts=[context] * count
         )
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _generate(
+        self,
+        sequences: dict[str, Tensor],
+        frames: Tensor,
+        frame_lens: Tensor,
+        max_new_tokens: int,
+        num_beams: int,
+    ) -> list[list[int]]:
         output = self.model.generate(
-            **batch,
+            **sequences,
             encoder_frames=frames,
             frame_lens=frame_lens,
-            max_new_tokens=max(budgets),
+            max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=num_beams,
         )
-        return [list(row) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+        return [list(row) for row in output[:, sequences["input_ids"].shape[1] :].tolist()]
 
     def _read_ctc(self, frames: Tensor, frame_lens: Tensor) -> list[str | None]:
         head, logits = self.model.ctc_head, self.model.embed_audio(frames, frame_lens).ctc_logits

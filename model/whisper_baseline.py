@@ -136,13 +136,15 @@ class WhisperTranscriber:
 
     @torch.inference_mode()
     def transcribe(
-        self, waveforms: Sequence[np.ndarray], *, with_ctc: bool = False
+        self, waveforms: Sequence[np.ndarray], *, with_ctc: bool = False, num_beams: int = 1
     ) -> TranscriptBatch:
-        """Transcribe mono float32 16 kHz clips of at most 30 s, in one batch.
+        """Transcribe mono float32 16 kHz clips of at most 30 s greedily, in one batch.
 
         Raises:
-            ValueError: an empty or too long clip.
+            ValueError: an empty or too long clip, or beams.
         """
+        if num_beams != 1:
+            raise ValueError("a plain Whisper model is decoded greedily; beams are for speech LLMs")
         if not waveforms:
             return TranscriptBatch([], 0.0, 0.0)
         started = time.perf_counter()

@@ -51,15 +51,21 @@ FAMILIES = {
 
 
 BESIDE_TEXT = "qwen2, audio beside the text"
+JOINTLY = "qwen2, jointly with a CTC head that covers every other token"
 
 
 def make_speech_model(folder: Path, family: str) -> Transcriber:
     """Write and load a checkpoint whose LLM is of this family."""
     if family == BESIDE_TEXT:
         make_tiny_checkpoint(folder, audio_positions="ctc")
+    elif family == JOINTLY:
+        make_tiny_checkpoint(folder, ctc_decoding_weight=0.5)
     else:
         make_tiny_checkpoint(folder, llm_config=FAMILIES[family])
-    return Transcriber.from_pretrained(folder, device="cpu")
+    transcriber = Transcriber.from_pretrained(folder, device="cpu")
+    if family == JOINTLY:
+        cover_only(transcriber.model, range(4, transcriber.model.ctc_head.vocab_size, 2))
+    return transcriber
 
 
 def cover_only(model, tokens):

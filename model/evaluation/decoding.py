@@ -36,9 +36,17 @@ class SpeechTranscriber(Protocol):
         """Where it runs."""
 
     def transcribe(
-        self, waveforms: Sequence[NDArray[np.float32]], *, with_ctc: bool = False
+        self,
+        waveforms: Sequence[NDArray[np.float32]],
+        *,
+        with_ctc: bool = False,
+        num_beams: int = 1,
     ) -> TranscriptBatch:
-        """Transcribe float32 mono 16 kHz waveforms as one batch."""
+        """Transcribe float32 mono 16 kHz waveforms as one batch.
+
+        Raises:
+            ValueError: it cannot search with so many beams.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +150,13 @@ def load_transcriber(path: Path, device: str, dtype: str = "auto") -> SpeechTran
     )
 
 
-def transcribe_clips(
+def transcribe_clips(  # noqa: PLR0913 - what a corpus is decoded with
     transcriber: SpeechTranscriber,
     clips: Sequence[Clip],
     limits: BatchLimits,
     *,
     with_ctc: bool = False,
+    num_beams: int = 1,
     on_progress: Callable[[int, Decoding], None] | None = None,
 ) -> Decoding:
     """Transcribe clips of any order and number.
@@ -157,15 +166,17 @@ def transcribe_clips(
         clips: with distinct ids.
         limits: of a batch.
         with_ctc: also take the CTC head's text.
+        num_beams: of beam search; 1 for greedy search.
         on_progress: called after each batch with the clips done and the state so far.
 
     Raises:
         EvaluationError: `with_ctc` for a model without a CTC head.
+        ValueError: the model cannot search with so many beams.
     """
     decoding = Decoding()
     longest_first = sorted(clips, key=lambda clip: (-clip.duration_s, clip.id))
     for batch in _batches(longest_first, transcriber.max_audio_s, limits, decoding.failed):
-        _transcribe_batch(transcriber, batch, decoding, with_ctc=with_ctc)
+        _transcribe_batch(transcriber, batch, decoding, with_ctc=with_ctc, num_beams=num_beams)
         if on_progress:
             on_progress(len(decoding.results) + len(decoding.failed), decoding)
     order = {clip.id: i for i, clip in enumerate(clips)}
@@ -220,9 +231,11 @@ def _transcribe_batch(
     decoding: Decoding,
     *,
     with_ctc: bool,
+    num_beams: int,
 ) -> None:
     started = time.perf_counter()
-    output = transcriber.transcribe([waveform for _, waveform in batch], with_ctc=with_ctc)
+    waveforms = [waveform for _, waveform in batch]
+    output = transcriber.transcribe(waveforms, with_ctc=with_ctc, num_beams=num_beams)
     decoding.transcribe_s += time.perf_counter() - started
     decoding.encode_s += output.encode_s
     decoding.generate_s += output.generate_s

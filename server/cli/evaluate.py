@@ -50,6 +50,9 @@ def evaluate(
     with_ctc: Annotated[
         bool, typer.Option("--with-ctc", help="Also score the CTC head's greedy text.")
     ] = False,
+    num_beams: Annotated[
+        int, typer.Option(min=1, help="Beams of a speech LLM's search; 1 is greedy search.")
+    ] = 1,
 ) -> None:
     """Transcribe a manifest and report word and character error rates."""
     # Imported here, as in all commands, so that --help does not wait for torch.
@@ -68,6 +71,7 @@ def evaluate(
         clips,
         BatchLimits(batch_size, max_batch_audio_s),
         with_ctc=with_ctc,
+        num_beams=num_beams,
     )
     for failed in decoding.failed:
         typer.echo(f"failed: {failed.id}: {failed.reason}", err=True)
@@ -78,6 +82,7 @@ def evaluate(
             "batch_size": batch_size,
             "max_batch_audio_s": max_batch_audio_s,
             "with_ctc": with_ctc,
+            "num_beams": num_beams,
             "language": language,
             "limit": limit,
         },
@@ -155,13 +160,13 @@ def _transcribe_with_progress(
     limits: BatchLimits,
     *,
     with_ctc: bool,
+    num_beams: int,
 ) -> Decoding:
     import torch
     from rich.console import Console
     from rich.progress import Progress, TextColumn
 
     from model.evaluation.decoding import transcribe_clips
-    from model.evaluation.errors import EvaluationError
 
     columns = (*Progress.get_default_columns(), TextColumn("RTFx {task.fields[rtfx]:.1f}"))
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
@@ -176,9 +181,10 @@ def _transcribe_with_progress(
                 clips,
                 limits,
                 with_ctc=with_ctc,
+                num_beams=num_beams,
                 on_progress=show,
             )
-        except EvaluationError as error:
+        except ValueError as error:  # no CTC head, or no beam search
             _fail(str(error), _BAD_USAGE)
         except torch.OutOfMemoryError:
             _fail(

@@ -118,6 +118,23 @@ def test_batch_of_one_gives_the_same_texts_as_a_large_batch(
     assert "| +0.00 | +0.00 … +0.00 | 0.00 |" in row
 
 
+def test_beams_change_the_texts_and_are_noted(command_line, tiny_checkpoint, corpus, tmp_path):
+    options = ["--manifest", corpus[0], "--device", "cpu", "--dtype", "fp32"]
+    for beams in (1, 4):
+        outcome = command_line(
+            "evaluate", "--model", tiny_checkpoint, *options, "--num-beams", beams,
+            "--output", tmp_path / f"beams{beams}",
+        )  # fmt: skip
+        assert outcome.exit_code == 0, outcome.output
+    greedy, with_beams = (
+        [result["hypothesis"] for result in read_lines(tmp_path / name / "results.jsonl")]
+        for name in ("beams1", "beams4")
+    )
+    assert with_beams != greedy
+    summary = json.loads((tmp_path / "beams4" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["settings"]["num_beams"] == 4
+
+
 def test_unreadable_audio_is_reported_and_fails_the_command(
     command_line, tiny_checkpoint, corpus, tmp_path
 ):

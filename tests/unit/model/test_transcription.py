@@ -35,6 +35,15 @@ def test_a_batch_equals_each_clip_alone(transcriber: Transcriber) -> None:
     assert len({tuple(transcript.token_ids) for transcript in together}) > 1
 
 
+def test_beams_find_likelier_answers_than_greedy_search(transcriber: Transcriber) -> None:
+    greedy, with_beams = (
+        transcriber.transcribe(clips(), num_beams=num_beams).transcripts for num_beams in (1, 4)
+    )
+    assert [each.token_ids for each in with_beams] != [each.token_ids for each in greedy]
+    with pytest.raises(ValueError, match="num_beams must be at least 1, got 0"):
+        transcriber.transcribe(clips(), num_beams=0)
+
+
 def test_every_clip_has_its_own_token_cap(transcriber: Transcriber) -> None:
     for transcript, seconds in zip(
         transcriber.transcribe(clips()).transcripts, SECONDS, strict=True
@@ -195,6 +204,13 @@ def test_the_whisper_baseline_reads_a_ctc_head_beside_it(tmp_path: Path) -> None
     save_file({"weight": torch.zeros(8, 32), "bias": bias}, tmp_path / CTC_HEAD_FILE)
     with pytest.raises(CheckpointError, match=r"ctc_head\.safetensors: weight has shape \(8, 32\)"):
         WhisperTranscriber.from_pretrained(tmp_path, device="cpu")
+
+
+def test_the_whisper_baseline_takes_no_beams(tmp_path: Path) -> None:
+    write_whisper(tmp_path, "trimmed")
+    baseline = WhisperTranscriber.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="decoded greedily"):
+        baseline.transcribe(clips(), num_beams=2)
 
 
 def test_decoder_prefix_names_language_and_task_where_the_vocabulary_has_them(

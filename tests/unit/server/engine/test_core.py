@@ -25,7 +25,14 @@ from server.engine.scheduler import ScheduleLimits
 from server.errors import DeadlineExceededError, InferenceFailedError, InvalidRequestError
 from tests.conftest import REPOSITORY, make_tiny_checkpoint
 from tests.faulty_runner import START_POISON, STEP_POISON, FaultyRunner, poisoned
-from tests.speech_models import FAMILIES, generate_alone, make_speech_model, noise, search_alone
+from tests.speech_models import (
+    FAMILIES,
+    JOINTLY,
+    generate_alone,
+    make_speech_model,
+    noise,
+    search_alone,
+)
 
 NO_LOOP_GUARD = Guards(loops=False, silence=True)
 LIMITS = ScheduleLimits(max_batch_size=4, max_batch_audio_s=12.0)
@@ -93,7 +100,7 @@ def runner(tiny):
     return SpeechRunner(tiny, max_slots=4)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama", "gpt2", "gemma"])
+@pytest.fixture(scope="module", params=["qwen2", "llama", "gpt2", "gemma", JOINTLY])
 def family(request, tmp_path_factory):
     transcriber = make_speech_model(tmp_path_factory.mktemp("family") / "model", request.param)
     runner = SpeechRunner(transcriber, max_slots=4)
