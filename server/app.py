@@ -95,7 +95,7 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
         max_batch_size=settings.max_batch_size,
         max_wait_s=settings.max_wait_ms / 1000,
         preferred_batch_sizes=settings.preferred_sizes,
-        max_batch_audio_s=settings.max_batch_audio_s,
+        max_batch_audio_s=settings.max_batch_audio_s or None,
     )
     return ContinuousEngine(
         partial(_load_runner, settings),

@@ -132,7 +132,10 @@ class Settings(BaseSettings):
         "whatever the longest wait.",
     )
     max_batch_audio_s: float = Field(
-        240.0, gt=0, description="Most seconds of audio encoded together, padding included."
+        0.0,
+        ge=0,
+        description="Most seconds of audio encoded while clips that are being decoded wait, "
+        "padding included; 0 takes 240 on CUDA, and 30 on a CPU.",
     )
     kv_cache_mib: int = Field(
         0,

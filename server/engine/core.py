@@ -116,7 +116,8 @@ class EngineCore:
 
         Args:
             runner: warm, with all its slots free.
-            limits: of an iteration; its size is bounded by the runner's slots besides.
+            limits: of an iteration; its size is bounded by the runner's slots besides, and what it
+                leaves open by what the runner is made for.
             guards: against what LLM decoders are prone to.
             on_iteration: told of each, in this thread.
             clock: monotonic seconds; the requests' deadlines are on it.
@@ -125,6 +126,7 @@ class EngineCore:
         self._limits = replace(
             limits,
             max_batch_size=min(limits.max_batch_size, runner.n_slots),
+            max_batch_audio_s=limits.max_batch_audio_s or runner.start_audio_s,
             window_s=runner.window_s,
         )
         self._guards = guards

@@ -344,6 +344,10 @@ class Runner(Protocol):
         """What the encoder pads every clip to, seconds; 0 where it does not."""
 
     @property
+    def start_audio_s(self) -> float:
+        """What it should encode at most while those that run wait, padding included, seconds."""
+
+    @property
     def n_slots(self) -> int:
         """Sequences that can run together."""
 

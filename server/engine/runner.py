@@ -59,6 +59,8 @@ PROMPT_ROOM_TOKENS = 512
 
 _CPU_KV_BYTES = 2 << 30
 _CUDA_KV_SHARE = 0.6  # of what the weights leave; activations need the rest
+_PADDED_START_S = 240.0
+_START_S = 30.0
 _WARM_UP_S = (1.0, 3.0)  # clips of different length, so that padding is exercised too
 _WARM_UP_STEPS = 2
 
@@ -193,6 +195,14 @@ class SpeechRunner:
     def window_s(self) -> float:
         """What the encoder pads every clip to, seconds; 0 where it does not."""
         return float(WINDOW_S) if self._config.encoder_mode == "padded" else 0.0
+
+    @property
+    def start_audio_s(self) -> float:
+        """What it should encode at most while those that run wait, padding included, seconds.
+
+        About a second's work of two cores; large batches gain nothing but where they are padded.
+        """
+        return _PADDED_START_S if self._pads_batches else _START_S
 
     @property
     def n_slots(self) -> int:

@@ -8,6 +8,7 @@ it, and nothing that arrives later than that can overtake: no clip starves.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,15 @@ class ScheduleLimits:
         max_batch_size: most sequences that run together; every beam of a request is one.
         max_wait_s: longest that a request waits for others to start with it; 0 takes what is there.
         preferred_batch_sizes: sizes of which the largest that can be formed is started at once.
-        max_batch_audio_s: most seconds of audio encoded together, padding included; a longer clip
-            goes alone.
+        max_batch_audio_s: most seconds of audio encoded while those that run wait, padding
+            included; a longer clip goes alone. None: what the runner is made for.
         window_s: what the encoder pads every clip to at least, seconds.
     """
 
     max_batch_size: int
     max_wait_s: float = 0.0
     preferred_batch_sizes: tuple[int, ...] = ()
-    max_batch_audio_s: float = 240.0
+    max_batch_audio_s: float | None = None
     window_s: float = 0.0
 
 
@@ -134,12 +135,13 @@ def _fill(
     batch = [in_turn[0]]
     room -= in_turn[0].places
     longest_s = max(in_turn[0].audio_s, limits.window_s)
-    is_full = longest_s >= limits.max_batch_audio_s
+    most_s = math.inf if limits.max_batch_audio_s is None else limits.max_batch_audio_s
+    is_full = longest_s >= most_s
     for candidate in in_turn[1:]:
         if not room:
             break
         padded_s = max(longest_s, candidate.audio_s) * (len(batch) + 1)
-        if padded_s > limits.max_batch_audio_s or candidate.places > room:
+        if padded_s > most_s or candidate.places > room:
             is_full = True
             continue
         batch.append(candidate)

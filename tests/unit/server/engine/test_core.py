@@ -222,6 +222,24 @@ def test_the_default_checkpoint_says_what_generate_says(shared_data):
         )
 
 
+@pytest.mark.parametrize(
+    ("pads_batches", "limit_s", "sizes"),
+    [(False, None, [2, 2]), (True, None, [4]), (True, 12.0, [1] * 4)],
+)
+def test_those_that_run_wait_for_as_much_encoding_as_the_device_does_at_once(
+    tiny, pads_batches, limit_s, sizes
+):
+    runner = SpeechRunner(tiny, max_slots=4, pads_batches=pads_batches)
+    bench = Bench(runner, ScheduleLimits(4, max_batch_audio_s=limit_s))
+    for seed in range(4):
+        bench.submit(noise(12.0, seed))
+    for _ in sizes:
+        bench.iterate()
+    assert [report.start_sizes for report in bench.reports] == [[size] for size in sizes]
+    assert all(report.decoded_rows for report in bench.reports)
+    bench.finish()
+
+
 def test_a_result_tells_how_it_came_about(runner):
     bench = Bench(runner)
     keys = [bench.submit(clip) for clip in CLIPS[:2]]
