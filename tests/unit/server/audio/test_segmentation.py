@@ -155,6 +155,24 @@ def test_where_speech_need_not_be_placed_it_is_looked_for_no_longer_than_until_i
     assert found_at <= sum(looked_at) < found_at + segmentation._GLANCE_FRAMES
 
 
+def test_single_words_that_begin_at_once_are_found(shared_data):
+    from model.data.audio import load_audio
+    from model.data.manifest import read_manifest
+
+    digits = read_manifest(shared_data / "manifests" / "fsdd_test.jsonl", shared_data)
+    heard = [
+        any(
+            isinstance(each, Excerpt)
+            for each in excerpts(
+                [load_audio(digit.audio)], whole_samples=80_000, max_samples=80_000
+            )
+        )
+        for digit in digits
+    ]
+    assert len(heard) > 100
+    assert np.mean(heard) > 0.98
+
+
 @pytest.mark.parametrize("places_speech", [True, False])
 @pytest.mark.parametrize("seconds", [1.0, 9.0])
 def test_where_nobody_speaks_there_is_no_excerpt(seconds, places_speech):
