@@ -257,7 +257,8 @@ class Metrics:
             for size in report.start_sizes:
                 self._batch_sizes.observe(size)
             self._audio_seconds.inc(report.audio_s)
-            self._padding_seconds.inc(report.padded_audio_s - report.audio_s)
+            # Sums of the same clips in another order: rounding may put it below zero.
+            self._padding_seconds.inc(max(0.0, report.padded_audio_s - report.audio_s))
             self._step_seconds.labels("encode").observe(report.encode_s)
             self._step_seconds.labels("prefill").observe(report.prefill_s)
         if report.decoded_rows:

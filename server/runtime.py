@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Literal
 
 from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
-from server.errors import ModelUnknownError, NotReadyError, ShuttingDownError
+from server.errors import ModelUnknownError, NotReadyError, QueueFullError, ShuttingDownError
 from server.keys import KeyLimits, KeyRing
 from server.log import structured
 from server.longform import LongRecordings
@@ -17,13 +18,15 @@ from server.realtime import OpenSessions
 from server.turnstile import Turnstile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from server.engine.interface import Engine
     from server.metrics import Metrics
     from server.settings import Settings
 
 _log = logging.getLogger(__name__)
+
+_UPLOAD_RETRY_S = 1.0
 
 State = Literal["loading", "ready", "draining", "failed"]
 
@@ -69,6 +72,7 @@ class Runtime:
         self.long_recordings = LongRecordings(settings.max_long_recordings)
         self.open_sessions = OpenSessions(settings.realtime_max_sessions)
         self.failure: Exception | None = None
+        self._receiving = 0
         self._on_failure = on_failure
         self._state: State = "loading"
         self._loading: asyncio.Task[None] | None = None
@@ -110,6 +114,22 @@ class Runtime:
             min_rate_hz=self.settings.min_sample_rate_hz,
             max_rate_hz=self.settings.max_sample_rate_hz,
         )
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Count an upload while it comes in.
+
+        Raises:
+            QueueFullError: too many come in already.
+        """
+        if self._receiving >= self.settings.max_uploads:
+            reason = f"{self._receiving} uploads are being received already"
+            raise QueueFullError(reason, retry_after_s=_UPLOAD_RETRY_S)
+        self._receiving += 1
+        try:
+            yield
+        finally:
+            self._receiving -= 1
 
     def start(self) -> None:
         """Begin to load; answers are given meanwhile, and readiness is off."""

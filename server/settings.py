@@ -78,6 +78,12 @@ class Settings(BaseSettings):
     upload_idle_timeout_s: float = Field(
         30.0, gt=0, description="Longest pause in an upload, seconds; it is then refused."
     )
+    max_uploads: int = Field(
+        128,
+        ge=1,
+        description="Most uploads that are received at once, held in memory; more are refused with "
+        "429.",
+    )
     max_audio_s: float = Field(
         7200.0,
         gt=0,

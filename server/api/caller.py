@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,19 +47,23 @@ class Caller:
             ClientDisconnect: the client left.
         """
         settings = self.runtime.settings
-        try:
-            self.runtime.require_ready()
-            with self.runtime.engine.admit(0.0):
-                pass  # there is room now; it is held only once the upload is here
-        except ServerError:
-            await discard_body(self.request, settings.max_upload_bytes)
-            raise
-        return await receive_upload(
-            self.request,
-            settings.max_upload_bytes,
-            settings.upload_idle_timeout_s,
-            takes_raw=takes_raw,
-        )
+        with ExitStack() as held:
+            try:
+                self.runtime.require_ready()
+                with self.runtime.engine.admit(0.0):
+                    pass  # there is room now; it is held only once the upload is here
+                held.enter_context(self.runtime.receiving())
+            except ServerError:
+                await discard_body(self.request, settings.max_upload_bytes)
+                raise
+            upload = await receive_upload(
+                self.request,
+                settings.max_upload_bytes,
+                settings.upload_idle_timeout_s,
+                takes_raw=takes_raw,
+            )
+        self.request.state.received_s = time.monotonic()
+        return upload
 
     async def transcribe(
         self,
@@ -96,16 +102,26 @@ class Caller:
         """Wait behind other keys' requests, where there are keys, and transcribe."""
         if self.owner == ANONYMOUS:
             return await self._run(recording, options, listener)
+        # The server's own limit grows with the recording; only the client's is for all of it.
         timeout_s = self.runtime.settings.request_timeout_s
-        began_s = time.monotonic()
-        async with self.runtime.turnstile.pass_through(self.owner, claimed_s):
-            waited_s = time.monotonic() - began_s
-            if waited_s >= min(timeout_s, options.deadline_s or timeout_s):
-                raise DeadlineExceededError("the request still waited for its turn")
-            # The server's own limit grows with the recording; only the client's is for all of it.
-            if options.deadline_s is not None:
-                options = replace(options, deadline_s=options.deadline_s - waited_s)
+        left_s = self._left_s(options)
+        patience_s = timeout_s if left_s is None else min(timeout_s, left_s)
+        async with AsyncExitStack() as inside:
+            try:
+                async with asyncio.timeout(patience_s):
+                    await inside.enter_async_context(
+                        self.runtime.turnstile.pass_through(self.owner, claimed_s)
+                    )
+            except TimeoutError as error:
+                raise DeadlineExceededError("the request still waited for its turn") from error
             return await self._run(recording, options, listener)
+
+    def _left_s(self, options: TranscribeOptions) -> float | None:
+        """What is left of the client's deadline, which counts from the upload's end."""
+        if options.deadline_s is None:
+            return None
+        received_s: float = self.request.state.received_s
+        return options.deadline_s - (time.monotonic() - received_s)
 
     async def _run(
         self,
@@ -113,12 +129,15 @@ class Caller:
         options: TranscribeOptions,
         listener: Listener,
     ) -> Transcription:
+        left_s = self._left_s(options)
+        if left_s is not None and left_s <= 0:  # others of the request's files took so long
+            raise DeadlineExceededError("the recording still waited for its turn")
         return await transcribe_upload(
             self.runtime,
             recording,
             request_id=self.request.state.request_id,
             started_s=self.request.state.started_s,
-            options=options,
+            options=replace(options, deadline_s=left_s),
             listener=listener,
         )
 

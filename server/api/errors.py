@@ -123,6 +123,16 @@ def unexpected_error_body(request: Request) -> dict[str, Any]:
     return error_body(request, UNEXPECTED, "the server failed on this request")
 
 
+def error_headers(error: errors.ServerError) -> dict[str, str]:
+    """Return what the head of an error's answer says: when to come back, what key is wanted."""
+    headers = {}
+    if isinstance(error, errors.CapacityError) and error.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if isinstance(error, errors.ApiKeyError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Give every error, the framework's own included, our shape."""
     app.add_exception_handler(errors.ServerError, _on_server_error)
@@ -133,11 +143,7 @@ def install_error_handlers(app: FastAPI) -> None:
 async def _on_server_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.ServerError)  # noqa: S101 - what it is registered for
     kind = ERROR_TABLE.get(type(error), UNEXPECTED)
-    headers = {}
-    if isinstance(error, errors.CapacityError) and error.retry_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    if isinstance(error, errors.ApiKeyError):
-        headers["WWW-Authenticate"] = "Bearer"
+    headers = error_headers(error)
     return error_response(request, kind, error.message, param=error.param, headers=headers)
 
 

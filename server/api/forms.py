@@ -359,7 +359,7 @@ def check_chunking(strategy: str | None) -> None:
         is_known = isinstance(config, dict) and set(config) <= {"type", *_VAD_FIELDS}
         is_right = is_known and config.get("type") == "server_vad"
         numbers = [float(config[name]) for name in _VAD_FIELDS if name in config]
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         is_right, numbers = False, []
     if not is_right or any(not number >= 0 for number in numbers):
         raise InvalidRequestError(

@@ -9,7 +9,7 @@ import uuid
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 
 from server.api.errors import UNEXPECTED, error_response
 from server.log import structured
@@ -44,7 +44,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)
-        request.state.request_id = request_id = _request_id(request)
+        request.state.request_id = request_id = name_request(request)
         request.state.started_s = time.monotonic()
         metrics = request.app.state.runtime.metrics
         status: int | None = None
@@ -77,7 +77,8 @@ class RequestMiddleware:
             _write_log_line(request, final)
 
 
-def _request_id(request: Request) -> str:
+def name_request(request: HTTPConnection) -> str:
+    """Return the name that the client gave its request, if it is a fit one, or a new one."""
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 

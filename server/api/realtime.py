@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +14,9 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse
 
-from server.api.errors import ERROR_TABLE, UNEXPECTED
+from server.api.errors import ERROR_TABLE, UNEXPECTED, error_headers
 from server.api.forms import check_languages
+from server.api.middleware import name_request
 from server.api.realtime_events import (
     Append,
     Clear,
@@ -32,7 +32,6 @@ from server.api.realtime_events import (
     session_event,
 )
 from server.errors import (
-    CapacityError,
     InvalidRequestError,
     OriginRefusedError,
     ServerError,
@@ -136,7 +135,11 @@ def _check_origin(websocket: WebSocket, allowed: tuple[str, ...]) -> None:
     origin = websocket.headers.get("origin")
     if origin is None or "*" in allowed or origin in allowed:
         return
-    if urlsplit(origin).netloc != websocket.headers.get("host"):
+    try:
+        place = urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        place = None
+    if place != websocket.headers.get("host"):
         raise OriginRefusedError(f"pages of {origin} may not call this server")
 
 
@@ -154,10 +157,12 @@ async def _refuse(websocket: WebSocket, runtime: Runtime, error: ServerError) ->
     """Answer the handshake with an error, as other endpoints do."""
     kind = ERROR_TABLE.get(type(error), UNEXPECTED)
     runtime.metrics.refused(kind.code)
-    headers = {}
-    if isinstance(error, CapacityError) and error.retry_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    body = {"error": error_detail(error)}
+    request_id = name_request(websocket)
+    client = websocket.client.host if websocket.client else None
+    fields = {"request_id": request_id, "error": kind.code, "client": client}
+    _log.info("realtime session refused", extra=structured(**fields))
+    headers = {**error_headers(error), "X-Request-ID": request_id}
+    body = {"error": {**error_detail(error), "request_id": request_id}}
     await websocket.send_denial_response(JSONResponse(body, kind.status, headers=headers))
 
 

@@ -6,7 +6,6 @@ Source: the types of OpenAI's Python SDK, `openai/types/realtime`.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import uuid
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -159,7 +158,7 @@ class Append(_ClientEvent):
         """
         try:
             return base64.b64decode(self.audio, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise InvalidRequestError(f"the audio is not base64: {error}", param="audio") from error
 
 
@@ -191,10 +190,12 @@ def load_message(text: str) -> dict[str, Any]:
     """Read a text message.
 
     Raises:
-        InvalidRequestError: it is no JSON object.
+        InvalidRequestError: it is no JSON object, or holds what cannot be written.
     """
     try:
         message = json.loads(text)
+        if "\\u" in text:  # half a surrogate pair, which no answer could repeat
+            json.dumps(message, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the message is not JSON: {error}") from error
     if not isinstance(message, dict):

@@ -153,7 +153,9 @@ async def _transcribe_many(
     options: TranscribeOptions,
 ) -> list[dict[str, Any]]:
     """Answer each recording, in order, with its transcript or its error."""
-    places = asyncio.Semaphore(_PARALLEL_RECORDINGS)
+    # No more than the key may have running, or they would refuse one another.
+    most = caller.runtime.settings.key_max_concurrency or _PARALLEL_RECORDINGS
+    places = asyncio.Semaphore(min(most, _PARALLEL_RECORDINGS))
 
     async def answer(recording: bytes) -> dict[str, Any]:
         async with places:

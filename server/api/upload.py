@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ MAX_FILES = 32
 _MAX_FIELD_BYTES = 16 * 1024
 _MAX_FIELDS = 256  # counted by the parser; repeated ones (keywords[]) are many
 _DISCARD_TIMEOUT_S = 5.0
+_MOST_PAUSES = 20  # longest that an upload may take, in times of its longest pause
 _PCM_SAMPLE_BYTES = 2
 _MAX_PCM_CHANNELS = 64
 _MAX_RATE_DIGITS = 7  # which rates are taken is for the limits to say
@@ -62,7 +64,7 @@ async def receive_upload(
 
     Raises:
         UploadTooLargeError: the body is larger than `max_bytes`, announced or received.
-        UploadStalledError: nothing came for `idle_timeout_s`.
+        UploadStalledError: nothing came for `idle_timeout_s`, or not all in 20 times as long.
         InvalidRequestError: no form, no file, too many files, a file in place of a text.
         AudioTruncatedError: raw samples that end within one.
         ClientDisconnect: the client left.
@@ -91,6 +93,7 @@ class _Body:
         self._receive = request.receive
         self._max_bytes = max_bytes
         self._idle_timeout_s = idle_timeout_s
+        self._latest_s = time.monotonic() + _MOST_PAUSES * idle_timeout_s
         self._received_bytes = 0
         self._has_ended = False
 
@@ -101,15 +104,21 @@ class _Body:
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         while not self._has_ended:
             try:
-                async with asyncio.timeout(self._idle_timeout_s):
+                left_s = max(0.0, self._latest_s - time.monotonic())
+                async with asyncio.timeout(min(self._idle_timeout_s, left_s)):
                     chunk = await self._next()
             except TimeoutError as error:
-                raise UploadStalledError(
-                    f"nothing more of the upload came for {self._idle_timeout_s:g} s", param="file"
-                ) from error
+                raise self._stalled() from error
             if self._received_bytes > self._max_bytes:
                 raise _too_large(self._max_bytes)
             yield chunk
+
+    def _stalled(self) -> UploadStalledError:
+        idle_s = self._idle_timeout_s
+        reason = f"nothing more of the upload came for {idle_s:g} s"
+        if time.monotonic() >= self._latest_s:
+            reason = f"the upload was not all there after {_MOST_PAUSES * idle_s:g} s"
+        return UploadStalledError(reason, param="file")
 
     async def discard(self) -> None:
         """Read on for a while, so that the client gets to read the refusal.
@@ -139,6 +148,9 @@ async def _read(request: Request, body: _Body, *, takes_raw: bool) -> Upload:
     if announced.isdecimal() and int(announced) > body.max_bytes:
         raise _too_large(body.max_bytes)
     if media_type == "multipart/form-data":
+        charset = parameters.get("charset", "utf-8")
+        if charset.lower() not in {"utf-8", "utf8"}:
+            raise InvalidRequestError(f"forms are taken in UTF-8, not in {charset!r}")
         return await _read_form(request, body)
     is_audio = media_type.startswith(("audio/", "video/"))  # webm and mp4 go by either
     if takes_raw and (is_audio or media_type == "application/octet-stream"):

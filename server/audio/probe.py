@@ -13,6 +13,7 @@ Sources: RIFF/WAVE (Microsoft), RFC 3533 and RFC 7845 (Ogg, Opus), RFC 9639 (FLA
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Container = Literal["wav", "flac", "ogg", "mp3", "mp4", "webm", "adts"]
 
 _MAX_ELEMENTS = 4096  # boxes, chunks or elements looked at before a forged header is given up on
+_MAX_NUMBER_BYTES = 8
 _WAV_UNKNOWN_LENGTH = 0x7FFF0000  # writers to a pipe put this or more for "until the end"
 _OGG_MAX_PAGE = 65_307  # bytes: 27 + 255 + 255 * 255
 _OPUS_GRANULE_RATE_HZ = 48_000
@@ -146,10 +148,11 @@ def _ogg_page_end(data: bytes, page: int) -> int:
 def _probe_mp4(data: bytes) -> Probe:
     duration_s = None
     end = 0
-    for name, start, end in _boxes(data, 0, len(data)):
+    looked_at = iter(range(_MAX_ELEMENTS))
+    for name, start, end in _boxes(data, 0, len(data), looked_at):
         if name != b"moov":
             continue
-        for inner, body, _ in _boxes(data, start, min(end, len(data))):
+        for inner, body, _ in _boxes(data, start, min(end, len(data)), looked_at):
             if inner == b"mvhd":
                 layout = ">16xIQ" if data[body] == 1 else ">8xII"  # version 1 has 64-bit times
                 timescale, duration = struct.unpack_from(layout, data, body + 4)
@@ -157,9 +160,14 @@ def _probe_mp4(data: bytes) -> Probe:
     return Probe("mp4", duration_s, truncated=end > len(data))
 
 
-def _boxes(data: bytes, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, start of the body, end) of the boxes that begin before `stop`."""
-    for _ in range(_MAX_ELEMENTS):
+def _boxes(
+    data: bytes, start: int, stop: int, looked_at: Iterator[int]
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (name, start of the body, end) of the boxes that begin before `stop`.
+
+    `looked_at` counts them, those within others too, and ends where it is enough.
+    """
+    for _ in looked_at:
         if start + 8 > stop:
             return
         size, name = struct.unpack_from(">I4s", data, start)
@@ -185,33 +193,42 @@ _EBML_DURATION = 0x4489
 def _probe_webm(data: bytes) -> Probe:
     duration_s = None
     truncated = False
-    for element, start, end in _elements(data, 0, len(data)):
+    looked_at = iter(range(_MAX_ELEMENTS))
+    for element, start, end in _elements(data, 0, len(data), looked_at):
         if element != _EBML_SEGMENT:
             continue
         truncated = end is not None and end > len(data)
-        for inner, body, inner_end in _elements(data, start, len(data)):
+        for inner, body, inner_end in _elements(data, start, len(data), looked_at):
             if inner == _EBML_CLUSTER:
                 break
             if inner == _EBML_INFO and inner_end is not None:
-                duration_s = _webm_duration_s(data, body, min(inner_end, len(data)))
+                stop = min(inner_end, len(data))
+                duration_s = _webm_duration_s(data, body, stop, looked_at)
+                break
         break
     return Probe("webm", duration_s, truncated=truncated)
 
 
-def _webm_duration_s(data: bytes, start: int, stop: int) -> float | None:
-    scale_ns, duration = 1_000_000, None
-    for element, body, end in _elements(data, start, stop):
+def _webm_duration_s(data: bytes, start: int, stop: int, looked_at: Iterator[int]) -> float | None:
+    scale_ns, duration = 1_000_000, 0.0
+    for element, body, end in _elements(data, start, stop, looked_at):
         value = data[body:end]
-        if element == _EBML_TIMESTAMP_SCALE:
+        if element == _EBML_TIMESTAMP_SCALE and len(value) <= _MAX_NUMBER_BYTES:
             scale_ns = int.from_bytes(value, "big")
         elif element == _EBML_DURATION and len(value) in {4, 8}:
             (duration,) = struct.unpack(">f" if len(value) == 4 else ">d", value)  # noqa: PLR2004
-    return duration * scale_ns / 1e9 if duration else None
+    duration_s = duration * scale_ns / 1e9
+    return duration_s if math.isfinite(duration_s) and duration_s > 0 else None
 
 
-def _elements(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-    """Yield (id, start of the body, end) of EBML elements; the end is None where unknown."""
-    for _ in range(_MAX_ELEMENTS):
+def _elements(
+    data: bytes, start: int, stop: int, looked_at: Iterator[int]
+) -> Iterator[tuple[int, int, int | None]]:
+    """Yield (id, start of the body, end) of EBML elements; the end is None where unknown.
+
+    `looked_at` counts them, those within others too, and ends where it is enough.
+    """
+    for _ in looked_at:
         if start >= stop:
             return
         id_length = 9 - data[start].bit_length()

@@ -15,8 +15,8 @@ STANDARD_INPUT = "-"
 
 # What is taken from folders; a file that is named is taken whatever its name.
 _SUFFIXES = {
-    ".aac", ".aif", ".aiff", ".flac", ".m4a", ".m4b", ".mka", ".mp3", ".mp4", ".oga", ".ogg",
-    ".opus", ".wav", ".weba", ".webm",
+    ".aac", ".flac", ".m4a", ".m4b", ".mka", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav",
+    ".weba", ".webm",
 }  # fmt: skip
 
 

@@ -167,11 +167,16 @@ async def at_server(
 
     Raises:
         TranscriberUnavailableError: nobody answers there, or wants another key.
+        BadOptionError: that is no address, or no key.
     """
     from server.client import AsyncClient, ClientError, Retry
 
     retry = Retry(max_retries=_PATIENT_RETRIES)
-    async with AsyncClient(url, api_key=api_key, retry=retry) as client:
+    try:
+        connecting = AsyncClient(url, api_key=api_key, retry=retry)
+    except ClientError as error:
+        raise BadOptionError(str(error)) from error
+    async with connecting as client:
         try:
             await client.models()  # better told once than for each file
         except ClientError as error:

@@ -86,7 +86,8 @@ class JsonLines:
         kept = {} if overwrite or not path.is_file() else _transcribed_lines(path)
         self._done = set(kept)
         _replace(path, "".join(kept.values()))
-        self._file = path.open("a", encoding="utf-8")
+        # A name that is not UTF-8 is written in JSON's own escapes.
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def has(self, recording: Recording) -> bool:
         """Whether there is a line of its transcript."""

@@ -72,9 +72,19 @@ class Answer:
 
 
 def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    """Return what httpx's clients take."""
+    """Return what httpx's clients take.
+
+    Raises:
+        ClientError: neither the address nor the key can be one.
+    """
+    try:
+        httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+        raise ClientError(f"{base_url!r} is no address of a server: {error}") from error
     key = api_key if api_key is not None else os.environ.get(API_KEY_VARIABLE, "")
     headers = {"User-Agent": f"speechllm-client/{_version()}"}
+    if not key.isascii():
+        raise ClientError("the API key has characters that no header can carry")
     if key:
         headers["Authorization"] = f"Bearer {key}"
     return {

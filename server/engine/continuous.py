@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from server.engine.core import EngineCore, Outcome
 from server.engine.interface import ALL_GUARDS, EngineStats
 from server.errors import (
+    DeadlineExceededError,
     InferenceFailedError,
     NotReadyError,
     ServerError,
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _MAX_RESTARTS = 1
+_DEADLINE_GRACE_S = 5.0  # for the iteration under way; longer, and the device hangs
+_STOP_TIMEOUT_S = 20.0  # likewise; what the process leaves behind ends with it
 
 
 class ContinuousEngine:
@@ -155,8 +158,15 @@ class ContinuousEngine:
         entry = self._entries[key] = _Entry(request)
         arrived_s = time.monotonic()
         thread.post(lambda core: core.submit(key, request, arrived_s))
+        patience_s = None
+        if request.deadline_s is not None:
+            patience_s = max(0.0, request.deadline_s - arrived_s) + _DEADLINE_GRACE_S
         try:
-            return await entry.answer
+            # The device's thread answers at the deadline, unless it hangs.
+            async with asyncio.timeout(patience_s):
+                return await entry.answer
+        except TimeoutError as error:
+            raise DeadlineExceededError("the device did not answer in time") from error
         finally:
             # Still there: the client left, or it was refused from here.
             if self._entries.pop(key, None) is not None:
@@ -173,7 +183,7 @@ class ContinuousEngine:
         self._refuse_all(ShuttingDownError("the server shut down before this request was done"))
 
     async def stop(self) -> None:
-        """End after the running iteration, and wait for the device's thread."""
+        """End after the running iteration, and wait for the device's thread, but not for ever."""
         self._draining = True
         if self._restarting is not None:
             self._restarting.cancel()
@@ -287,6 +297,7 @@ class _DeviceThread:
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[EngineCore] = self._loop.create_future()
+        self._ended = asyncio.Event()
         self._inbox: queue.SimpleQueue[Callable[[EngineCore], None] | None] = queue.SimpleQueue()
         # A daemon: a device that hangs must not keep a process that has given up from ending.
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -301,11 +312,19 @@ class _DeviceThread:
         self._inbox.put(command)
 
     async def stop(self) -> None:
-        """End after the running iteration."""
+        """End after the running iteration, or leave a thread behind that hangs."""
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        try:
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await self._ended.wait()
+        except TimeoutError:
+            _log.error("the device's thread did not end in %g s", _STOP_TIMEOUT_S)
 
     def _run(self) -> None:
+        self._live()
+        self._call(asyncio.Event.set, self._ended)
+
+    def _live(self) -> None:
         try:
             core = self._make_core()
         except Exception as error:  # noqa: BLE001 - a loader may raise anything; handed on

@@ -272,14 +272,18 @@ def test_audio_beyond_the_buffer_is_refused(server):
         ({"query": "?intent=conversation"}, 400, "invalid_request"),
         ({"query": "?model=gpt-4o"}, 404, "model_not_found"),
         ({"origin": "https://elsewhere.example"}, 403, "origin_refused"),
+        ({"origin": "http://[x"}, 403, "origin_refused"),
     ],
 )
 def test_a_handshake_is_refused_with_a_reason(server, options, status, code):
     _, client = server
     with pytest.raises(InvalidStatus) as refused, open_session(client, **options):
         pass
-    assert refused.value.response.status_code == status
-    assert json.loads(refused.value.response.body)["error"]["code"] == code
+    answer = refused.value.response
+    assert answer.status_code == status
+    error = json.loads(answer.body)["error"]
+    assert error["code"] == code
+    assert error["request_id"] == answer.headers["X-Request-ID"]
 
 
 @pytest.mark.parametrize("key", [None, "not-this-servers-key"])
@@ -292,6 +296,19 @@ def test_a_session_needs_a_key(server, key):
     ):
         pass
     assert refused.value.response.status_code == 401
+    assert refused.value.response.headers["WWW-Authenticate"] == "Bearer"
+
+
+def test_what_no_answer_could_repeat_is_told_and_the_session_goes_on(server):
+    _, client = server
+    with open_session(client) as socket:
+        receive(socket)
+        send(socket, "input_audio_buffer.append", audio="\u00e9\u00e9\u00e9\u00e9")
+        assert receive(socket)["error"]["param"] == "audio"
+        socket.send('{"type": "input_audio_buffer.commit", "event_id": "\\ud800"}')
+        assert receive(socket)["error"]["type"] == "invalid_request_error"
+        update(socket, transcription={"prompt": "\U0001f600 \u2028"})
+        assert receive(socket)["type"] == "session.updated"
 
 
 def test_a_browser_sends_its_key_as_a_subprotocol(server):

@@ -136,6 +136,20 @@ def test_a_server_that_is_not_there_is_one_clear_line(run, recording):
     assert len(ended.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--server", "http://127.0.0.1:abc"], "is no address of a server"),
+        (["--server", "http://127.0.0.1:1", "--api-key", "é"], "no header can carry"),
+    ],
+)
+def test_what_cannot_be_a_server_or_a_key_is_status_2(run, recording, options, reason):
+    ended = run("transcribe", recording, *options)
+    assert ended.exit_code == 2
+    assert reason in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
 def test_info_describes_a_checkpoint(run, tiny_checkpoint):
     ended = run("info", "--model", tiny_checkpoint, "--device", "cpu")
     assert ended.exit_code == 0, ended.output

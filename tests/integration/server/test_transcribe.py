@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -522,3 +523,89 @@ async def test_the_log_names_the_keys_owner_and_never_the_key(guarded, caplog):
     (record,) = [r for r in caplog.records if r.name == "speechllm.access"]
     assert record.fields["key"] == "alice"
     assert ALICE not in json.dumps(record.fields)
+
+
+async def test_a_form_in_another_charset_is_refused(client):
+    body = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n--x--\r\n'
+    for charset in ("idna", "utf-7", "nonsense"):
+        media_type = f"multipart/form-data; boundary=x; charset={charset}"
+        response = await client.post(
+            "/transcribe", content=body, headers={"content-type": media_type}
+        )
+        assert (response.status_code, error_of(response)["code"]) == (400, "invalid_request")
+
+
+async def test_a_recording_whose_header_announces_nonsense_leaves_the_counts_as_they_were(client):
+    duration = b"\x44\x89\x88" + struct.pack(">d", float("nan"))
+    info = b"\x15\x49\xa9\x66" + bytes([0x80 | len(duration)]) + duration
+    segment = b"\x18\x53\x80\x67" + bytes([0x80 | len(info)]) + info
+    response = await ask(client, b"\x1a\x45\xdf\xa3\x80" + segment)
+    assert response.status_code == 400
+    assert "speechllm_admitted_audio_seconds 0.0" in (await client.get("/metrics")).text
+
+
+async def test_files_of_one_request_do_not_use_up_their_keys_concurrency(settings, plain):
+    limited = settings.model_copy(update={"key_max_concurrency": 1})
+    async with serving(limited) as client:
+        await until_ready(client)
+        files = [("file", (str(number), CLIP)) for number in range(3)]
+        response = await client.post("/transcribe", files=files)
+        texts = [each.get("text") for each in response.json()["results"]]
+        assert texts == [plain["text"]] * 3
+
+
+async def test_a_deadline_holds_while_a_request_waits_for_its_turn():
+    engine = ScriptedEngine(["word"], "wait")
+    keys = Settings(api_keys=f"{ALICE},{BOB}").api_keys
+    async with serving(
+        Settings(decode_workers=1, max_batch_size=1, api_keys=keys), engine
+    ) as client:
+        await until_ready(client)
+        client.headers["Authorization"] = f"Bearer {ALICE}"
+        inside = [asyncio.create_task(ask(client)) for _ in range(2)]  # all places
+        while len(engine.submitted) < 2:  # noqa: ASYNC110 - a state, no event
+            await asyncio.sleep(0.01)
+        late = await ask(client, deadline_ms="100")
+        assert (late.status_code, error_of(late)["code"]) == (504, "deadline_exceeded")
+        assert not any(each.done() for each in inside)
+        engine.may_end.set()
+        assert [response.status_code for response in await asyncio.gather(*inside)] == [200, 200]
+
+
+async def test_the_deadline_of_several_files_is_one_for_all():
+    engine = ScriptedEngine(["word"], "wait")
+    async with serving(Settings(decode_workers=1, key_max_concurrency=1), engine) as client:
+        await until_ready(client)
+        files = [("file", (name, CLIP)) for name in "ab"]
+        asked = asyncio.create_task(
+            client.post("/transcribe", files=files, data={"deadline_ms": "2000"})
+        )
+        await engine.told.wait()
+        await asyncio.sleep(2.0)
+        engine.may_end.set()
+        _, second = (await asked).json()["results"]
+        assert len(engine.submitted) == 1
+        assert second["error"]["code"] == "deadline_exceeded"
+
+
+async def test_no_more_uploads_are_received_at_once_than_allowed(settings):
+    async with serving(settings.model_copy(update={"max_uploads": 1})) as client:
+        await until_ready(client)
+        may_end = asyncio.Event()
+
+        async def slow_body():
+            yield CLIP[:1000]
+            await may_end.wait()
+            yield CLIP[1000:]
+
+        headers = {"content-type": "audio/wav"}
+        first = asyncio.create_task(
+            client.post("/transcribe", content=slow_body(), headers=headers)
+        )
+        await asyncio.sleep(0.5)
+        second = await client.post("/transcribe", content=CLIP, headers=headers)
+        assert (second.status_code, error_of(second)["code"]) == (429, "queue_full")
+        assert second.headers["retry-after"] == "1"
+        may_end.set()
+        assert (await first).status_code == 200
+        assert (await client.post("/transcribe", content=CLIP, headers=headers)).status_code == 200

@@ -111,3 +111,11 @@ def test_two_applications_share_no_series():
     first, second = Metrics(), Metrics()
     first.refused("queue_full")
     assert sample(second, "speechllm_requests_refused_total", code="queue_full") is None
+
+
+def test_padding_that_rounding_puts_below_zero_is_none():
+    metrics = Metrics()
+    metrics.iterated(
+        IterationReport(start_sizes=[6], audio_s=14.88, padded_audio_s=14.879999999999999)
+    )
+    assert sample(metrics, "speechllm_padding_seconds_total") == 0

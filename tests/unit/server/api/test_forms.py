@@ -131,7 +131,8 @@ def test_a_chunking_strategy_is_taken(strategy):
 @pytest.mark.parametrize(
     "strategy",
     ["none", "[1]", "{", '{"type": "x"}', '{"type": "server_vad", "threshold": "loud"}', "[" * 9999,
-     '{"type": "server_vad", "threshold": NaN}', '{"type": "server_vad", "other": 1}'],
+     '{"type": "server_vad", "threshold": NaN}', '{"type": "server_vad", "other": 1}',
+     '{"type": "server_vad", "threshold": ' + "9" * 400 + "}"],
 )  # fmt: skip
 def test_another_chunking_strategy_is_refused(strategy):
     with pytest.raises(InvalidRequestError) as raised:

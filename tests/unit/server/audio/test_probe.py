@@ -1,3 +1,6 @@
+import math
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,3 +84,32 @@ def test_no_bytes_make_the_probe_fail_otherwise(magic, data):
     except (AudioEmptyError, AudioUnrecognisedError):
         return
     assert found.duration_s is None or found.duration_s >= 0
+
+
+def element(name, body):
+    """An EBML element whose size takes eight bytes."""
+    return name + (1 << 56 | len(body)).to_bytes(8, "big") + body
+
+
+def webm(duration, scale=b"\x0f\x42\x40"):  # a million, ns
+    info = element(b"\x2a\xd7\xb1", scale) + element(b"\x44\x89", struct.pack(">d", duration))
+    segment = element(b"\x18\x53\x80\x67", element(b"\x15\x49\xa9\x66", info))
+    return element(b"\x1a\x45\xdf\xa3", b"") + segment
+
+
+def test_a_webm_announces_seconds_or_nothing():
+    assert probe(webm(2500.0)).duration_s == 2.5
+    for duration in (math.nan, math.inf, -math.inf, -1e300, 0.0, 1e308):
+        assert probe(webm(duration)).duration_s is None
+    assert probe(webm(2500.0, scale=b"\xff" * 2000)).duration_s == 2.5  # no number is so long
+
+
+def test_no_more_of_a_header_is_looked_at_than_is_worth_it():
+    def box(name, body):
+        return struct.pack(">I4s", 8 + len(body), name) + body
+
+    header = box(b"mvhd", struct.pack(">4x8xII84x", 1000, 2500))
+    padding = box(b"free", b"") * 4000
+    start = box(b"ftyp", b"M4A ")
+    assert probe(start + box(b"moov", padding + header)).duration_s == 2.5
+    assert probe(start + box(b"moov", padding) * 2 + box(b"moov", header)).duration_s is None

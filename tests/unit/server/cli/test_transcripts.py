@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,19 @@ def test_a_file_appears_whole_where_its_recording_lies(tmp_path):
 def lines_of(folder):
     text = (folder / "transcripts.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_name_that_is_not_utf_8_is_kept(tmp_path):
+    name = os.fsdecode(b"caf\xe9.wav")
+    odd = Recording(name, tmp_path / name, Path(name))
+    lines = JsonLines(tmp_path, overwrite=False)
+    lines.fail(odd, FAILED)
+    lines.write(odd, '{"text": "words"}')
+    lines.close()
+    assert lines_of(tmp_path)[-1] == {"file": name, "text": "words"}
+    again = JsonLines(tmp_path, overwrite=False)
+    assert again.has(odd)
+    again.close()
 
 
 def test_lines_go_on_after_a_run_that_was_broken_off(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.transcription import Transcriber
+from server.engine import continuous
 from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
 from server.engine.decoding import Decoding
@@ -371,3 +372,18 @@ async def test_a_listener_that_fails_ends_its_own_request_alone(tiny, runner):
         assert isinstance(results[0], KeyError)
         assert list(results[1].token_ids) == generate_alone(tiny, CLIPS[1])
         await until(lambda: engine.stats().running == 0)
+
+
+async def test_a_device_that_hangs_keeps_nobody_waiting_for_ever(runner, monkeypatch, caplog):
+    monkeypatch.setattr(continuous, "_DEADLINE_GRACE_S", 0.1)
+    monkeypatch.setattr(continuous, "_STOP_TIMEOUT_S", 0.1)
+    async with running(runner) as engine:
+        held = await hold_device(engine, runner)
+        deadline_s = time.monotonic() + 0.1
+        with pytest.raises(DeadlineExceededError, match="did not answer in time"):
+            await engine.submit(request(CLIPS[0], deadline_s=deadline_s))
+        async with asyncio.timeout(20):
+            await engine.stop()
+        assert "did not end" in caplog.text
+        with pytest.raises(ShuttingDownError):
+            await held
