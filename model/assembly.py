@@ -125,7 +125,10 @@ def assemble(
     config = SpeechLLMConfig(
         encoder_config=WhisperConfig.from_pretrained(encoder_folder),
         llm_config=llm_config,
-        encoder="encoder" if Path(parts.encoder).exists() else parts.encoder,
+        # Random weights are nowhere to be had again.
+        encoder=parts.encoder
+        if not parts.random_encoder and not Path(parts.encoder).exists()
+        else "encoder",
         llm="llm" if Path(parts.llm).exists() else parts.llm,
         connector=parts.connector,
         ctc=parts.ctc,

@@ -77,13 +77,14 @@ def write_cache(
         [item[2].duration for item in pending], config.max_batch_audio_s, config.seed
     )
     is_bf16 = config.precision == "bf16"
+    device = next(model.encoder.parameters()).device
     total_s = sum(item[2].duration for item in pending)
     with tqdm(total=round(total_s), unit="audio-s", desc="cache", mininterval=2.0) as bar:
         for batch in sampler if pending else ():
             items = [pending[index] for index in batch]
             clips = [_waveform(item, augmenter, config.seed) for item in items]
-            features, feature_lens = processor.features(clips, model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=is_bf16):
+            features, feature_lens = processor.features(clips, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 frames, frame_lens = model.encode(features, feature_lens)
             for item, row, length in zip(items, frames, frame_lens.tolist(), strict=True):
                 name, _, utterance = item
@@ -95,7 +96,7 @@ def write_cache(
                     processor.text_ids(text),
                 )
             bar.update(round(sum(item[2].duration for item in items)))
-    writer.flush()
+    writer.finish()
     return len(writer.done)
 
 

@@ -146,7 +146,11 @@ class CachedData:
         seed: int,
         joiner: list[int],
     ) -> None:
-        self._clips = clips
+        self._clips = [
+            (cache, clip)
+            for cache, clip in clips
+            if clip.n_frames / FRAMES_PER_S <= config.max_audio_s
+        ]
         self._config = config
         self._seed = seed
         self._joiner = joiner

@@ -120,7 +120,16 @@ class FeatureCacheWriter:
         save_file(self._pending, self._folder / self._pending_clips[0].shard)
         self._clips += self._pending_clips
         self._pending, self._pending_clips, self._bytes = {}, [], 0
-        index = {**self._identity, "clips": [asdict(clip) for clip in self._clips]}
+        self._write_index(complete=False)
+
+    def finish(self) -> None:
+        """Write what is pending, and that the cache is whole."""
+        self.flush()
+        self._write_index(complete=True)
+
+    def _write_index(self, *, complete: bool) -> None:
+        clips = [asdict(clip) for clip in self._clips]
+        index = {**self._identity, "complete": complete, "clips": clips}
         fresh = self._folder / f"{INDEX_FILE}.new"
         fresh.write_text(json.dumps(index, ensure_ascii=False))
         fresh.replace(self._folder / INDEX_FILE)
@@ -154,7 +163,8 @@ class FeatureCache:
             if not (folder / shard).exists():
                 raise CheckpointError(f"{path}: names {shard}, which is not there")
         self.source: str | None = index.get("source")
-        self._folder = folder
+        self.is_complete = bool(index.get("complete", True))
+        self.folder = folder
         self._readers: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,12 +174,24 @@ class FeatureCache:
         """Frames (F, D) fp16 and target ids of one clip."""
         reader = self._readers.get(clip.shard)
         if reader is None:
-            reader = safe_open(self._folder / clip.shard, framework="pt")
+            reader = safe_open(self.folder / clip.shard, framework="pt")
             self._readers[clip.shard] = reader
         tokens = reader.get_tensor(f"{clip.id}:tokens")
         return reader.get_tensor(f"{clip.id}:frames"), tokens.tolist()
 
 
 def merge_clips(caches: Iterable[FeatureCache]) -> list[tuple[FeatureCache, CachedClip]]:
-    """All clips of several caches."""
-    return [(cache, clip) for cache in caches for clip in cache.clips]
+    """All clips of several caches.
+
+    Raises:
+        CheckpointError: one was broken off before all of its clips were in it.
+    """
+    merged = []
+    for cache in caches:
+        if not cache.is_complete:
+            raise CheckpointError(
+                f"{cache.folder}: this cache is not finished; repeat the `speechllm cache` command "
+                "that makes it"
+            )
+        merged += [(cache, clip) for clip in cache.clips]
+    return merged

@@ -308,10 +308,10 @@ class LanguageModelStage:
         return TextBatches(sentences, texts, shuffled[rank::size], (self._seed, epoch, rank), self)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        """Mean loss on held-out text, corrupted as in training."""
+        """Mean loss on held-out text, corrupted as in training once the curriculum is over."""
         if not self._dev_texts:
             return {}
-        batches = self._plan(self._dev_sentences, self._dev_texts, 0, 0, 1)
+        batches = self._plan(self._dev_sentences, self._dev_texts, 1, 0, 1)
         losses = [float(module(batch)["loss"].detach()) for batch in batches.iterate(0)]
         return {"loss": sum(losses) / len(losses)}
 
@@ -324,8 +324,10 @@ class LanguageModelStage:
 
 def read_lines(paths: Sequence[Path]) -> list[str]:
     """Lines of text files; of JSONL manifests, their texts."""
+    # Not `splitlines`, which knows more ends of lines than JSON does.
     return [
         str(json.loads(line).get("text") or "") if path.suffix == ".jsonl" else line
         for path in paths
-        for line in path.read_text(encoding="utf-8").splitlines()
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if line
     ]

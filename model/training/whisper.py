@@ -162,10 +162,11 @@ class WhisperObjective(nn.Module):
         return encode(self.whisper.model.encoder, features, feature_lens, mode)
 
     def _decoder_loss(self, frames: Tensor, frame_lens: Tensor, targets: list[list[int]]) -> Tensor:
-        skipped = len(self.prefix) - 1
-        inputs = pad_targets([self.prefix + ids for ids in targets], self.pad_id)
+        skipped, most = len(self.prefix) - 1, self.whisper.config.max_target_positions
+        # What goes beyond the decoder's last position is left out, the end of the text with it.
+        inputs = pad_targets([(self.prefix + ids)[:most] for ids in targets], self.pad_id)
         labels = pad_targets(
-            [[IGNORED] * skipped + ids + [self.eos_id] for ids in targets], IGNORED
+            [([IGNORED] * skipped + ids + [self.eos_id])[:most] for ids in targets], IGNORED
         )
         mask = length_mask(frame_lens, frames.shape[1])
         with masked_cross_attention(self.whisper, mask):

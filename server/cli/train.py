@@ -5,7 +5,10 @@ object of them; `@takes` gives them to a command.
 """
 
 import functools
+import hashlib
 import inspect
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,9 +188,19 @@ def _read(manifests: list[Path] | None, audio_root: Path | None) -> "list[Uttera
     return [u for manifest in manifests or [] for u in read_manifest(manifest, audio_root)]
 
 
+def _digest(rows: list[Any]) -> str:
+    """What tells the data of one run from another's, wherever their files lie."""
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+
+def _digest_of(utterances: "list[Utterance]") -> str:
+    return _digest([[u.id, u.text, u.duration] for u in utterances])
+
+
 def _run(stage: "Stage", loop: "LoopConfig", output: Path, identity: dict[str, Any]) -> None:
     from model.training.loop import TrainingLoop
 
+    identity["processes"] = int(os.environ.get("WORLD_SIZE", "1"))
     run = TrainingLoop(stage, loop, output, identity)
     finished = run.run()
     step = run.progress.step
@@ -240,10 +253,10 @@ def train_whisper(
         new_parameters_first_steps=new_parameters_first_steps, encoder_lr_scale=encoder_lr_scale,
         tuned_share=tuned_share, data=data,
     )  # fmt: skip
-    stage = WhisperStage(
-        config, _read(manifest, audio_root), _read(dev, audio_root), language, loop.seed
-    )
-    _run(stage, loop, output, {"kind": "whisper", **config.model_dump(mode="json")})
+    train = _read(manifest, audio_root)
+    stage = WhisperStage(config, train, _read(dev, audio_root), language, loop.seed)
+    settings = {"kind": "whisper", "utterances": _digest_of(train)}
+    _run(stage, loop, output, {**settings, **config.model_dump(mode="json")})
 
 
 @train_app.command("connector")
@@ -307,6 +320,11 @@ def train_connector(
 
     if bool(manifest) == bool(cache):
         raise typer.BadParameter("give either --manifest or --cache")
+    if cache and (data.augment or data.noise_dir):
+        raise typer.BadParameter(
+            "--augment and --noise-dir vary audio, and there is none in a cache: give them to "
+            "`speechllm cache`"
+        )
     config = ConnectorStageConfig(
         train_encoder=train_encoder, train_llm=train_llm, lora=lora,
         encoder_lr_scale=encoder_lr_scale, llm_lr_scale=llm_lr_scale, ctc_weight=ctc_weight,
@@ -327,13 +345,16 @@ def train_connector(
         speech_llm.config.encoder = "encoder"
     if train_llm:
         speech_llm.config.llm = "llm"
+    read = _digest_of(train)
     if cache:
         identity = fingerprint(speech_llm, processor)
         train = merge_clips(FeatureCache(folder, identity) for folder in cache)
+        read = _digest([[each.source, clip.id] for each, clip in train])
     stage = ConnectorStage(speech_llm, processor, config, train, _read(dev, audio_root), loop.seed)
     head = speech_llm.ctc_head
     settings: dict[str, Any] = {
-        "kind": "connector", "model": model, "parts": str(new), **config.model_dump(mode="json"),
+        "kind": "connector", "model": model, "parts": str(new), "utterances": read,
+        **config.model_dump(mode="json"),
         "transcript_tokens": None if head is None else head.fingerprint(),
     }  # fmt: skip
     _run(stage, loop, output, settings)
@@ -406,8 +427,10 @@ def train_language_model(
         prompt=prompt, audio_positions=audio_positions, batch_tokens=batch_tokens,
         curriculum=curriculum, compile_layers=compile_layers,
     )  # fmt: skip
-    stage = LanguageModelStage(config, read_lines(text), read_lines(dev_text or []), loop.seed)
-    _run(stage, loop, output, {"kind": "lm", **config.model_dump(mode="json")})
+    lines = read_lines(text)
+    stage = LanguageModelStage(config, lines, read_lines(dev_text or []), loop.seed)
+    settings = {"kind": "lm", "lines": _digest(lines)}
+    _run(stage, loop, output, {**settings, **config.model_dump(mode="json")})
 
 
 @user_errors
@@ -441,6 +464,6 @@ def cache(
     )  # fmt: skip
     utterances = _read(manifest, audio_root)
     model, processor = assemble(Parts(encoder=encoder, llm=llm, encoder_mode=encoder_mode))
-    model = model.to(pick_device(device))
+    model.encoder.to(pick_device(device))  # the LLM has no part in it
     count = write_cache(model, processor, utterances, config, output)
     typer.echo(f"{count} clips in {output}")

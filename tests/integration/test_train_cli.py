@@ -224,6 +224,39 @@ def test_a_cache_of_another_encoder_is_refused(work: Path, tmp_path: Path) -> No
     assert "made with another encoder" in said
 
 
+def test_a_cache_takes_no_augmentation(work: Path, tmp_path: Path) -> None:
+    said = run(
+        "train", "connector", *connector_options(work), "--cache", tmp_path, "--augment",
+        "--output", tmp_path / "run", fails=True,
+    )  # fmt: skip
+    assert "there is none in a cache" in " ".join(said.replace("│", " ").split())
+
+
+def test_a_run_does_not_go_on_with_other_data(work: Path, tmp_path: Path) -> None:
+    options = [*whisper_options(work), "--max-steps", 1, "--output", tmp_path / "run"]
+    run("train", "whisper", *options)
+    options[1] = work / "dev.jsonl"
+    said = run("train", "whisper", *options, fails=True)
+    assert "a run with other settings (stage.utterances)" in said
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(SENTENCES))
+    options = [*lm_options(work), "--max-steps", 1, "--output", tmp_path / "lm"]
+    run("train", "lm", *options)
+    options[1] = text
+    assert "(stage.lines)" in run("train", "lm", *options, fails=True)
+
+
+def test_a_text_longer_than_the_decoder_is_learnt_as_far_as_it_goes(
+    work: Path, tmp_path: Path
+) -> None:
+    row = {"audio": str(work / "1.wav"), "text": "zero one two " * 300, "duration": 1.0}
+    write_manifest(tmp_path / "long.jsonl", [row])
+    options = [*whisper_options(work), "--max-steps", 1, "--ctc-weight", 0]
+    options[1] = tmp_path / "long.jsonl"
+    run("train", "whisper", *options, "--output", tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_connector_goes_on_with_lora_and_then_with_everything(work: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     from_audio = ["--manifest", work / "train.jsonl", "--augment", "--concatenation", 0.3]

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperModel
 
+from model import assembly
 from model.assembly import Parts, assemble, cover_transcripts, prepare_tokenizer
 from model.checkpoint import CheckpointError, check_processor, load_model, save_model
 from model.training.tokenizer import train_tokenizer
@@ -136,6 +137,19 @@ def test_a_random_encoder_takes_no_weights(whisper: Path, llm: Path) -> None:
     model, _ = assemble(Parts(str(whisper), str(llm), random_encoder=True))
     stored = load_file(whisper / "model.safetensors")["encoder.conv1.weight"]
     assert not torch.equal(model.encoder.conv1.weight, stored)
+
+
+def test_a_random_encoder_is_saved_though_its_shape_comes_from_the_hub(
+    whisper: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve = assembly.resolve
+    monkeypatch.setattr(
+        assembly, "resolve", lambda source: whisper if source == "some/whisper" else resolve(source)
+    )
+    model, processor = assemble(Parts("some/whisper", str(llm), random_encoder=True))
+    save_model(model, tmp_path / "model", processor=processor)
+    loaded = load_model(tmp_path / "model").encoder.conv1.weight
+    assert torch.equal(loaded, model.encoder.conv1.weight)
 
 
 def test_new_weights_follow_the_seed(whisper: Path, llm: Path) -> None:

@@ -92,7 +92,10 @@ def test_an_interrupted_cache_goes_on_after_its_last_whole_shard(
     with pytest.raises(KeyboardInterrupt):
         write_cache(model, processor, utterances, CONFIG, killed)
     n_done = sum(encoded[:2])
-    assert len(FeatureCache(killed, fingerprint(model, processor)).clips) == n_done
+    unfinished = FeatureCache(killed, fingerprint(model, processor))
+    assert len(unfinished.clips) == n_done
+    with pytest.raises(CheckpointError, match="this cache is not finished; repeat"):
+        merge_clips([unfinished])
     orphan = killed / f"frames-{n_done:05d}.safetensors"
     orphan.write_bytes(b"half a shard")
     encoded[:] = [0] * 3
@@ -100,6 +103,7 @@ def test_an_interrupted_cache_goes_on_after_its_last_whole_shard(
     assert sum(encoded) == len(utterances) - n_done
     found = FeatureCache(killed, fingerprint(model, processor))
     expected = FeatureCache(whole, fingerprint(model, processor))
+    assert len(merge_clips([found])) == len(utterances)
     assert len({clip.shard for clip in found.clips}) == len(utterances)
     rows = {clip.id: found[clip] for clip in found.clips}
     for clip in expected.clips:

@@ -113,12 +113,26 @@ def test_the_loss_falls_and_the_product_is_a_causal_lm(tokenizer, tmp_path):
     assert llm.generation_config.pad_token_id == loaded.pad_token_id == 0
 
 
+def test_held_out_text_is_as_hard_whatever_the_curriculum(tokenizer):
+    losses = set()
+    for curriculum in (0.0, 0.9):
+        torch.manual_seed(0)
+        stage = make_stage(tokenizer, SENTENCES * 4, curriculum=curriculum)
+        losses.add(stage.validate(stage.module.eval())["loss"])
+    assert len(losses) == 1
+
+
 def test_no_text_is_refused(tokenizer):
     with pytest.raises(ValueError, match="no line of text"):
         make_stage(tokenizer, ["", "  "])
 
 
 def test_text_files_and_manifests_are_read_line_by_line(tmp_path):
-    (tmp_path / "a.txt").write_text("один\nhoyor\n")
-    (tmp_path / "b.jsonl").write_text('{"text": "гурав"}\n{"text": null}\n')
-    assert read_lines([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == ["один", "hoyor", "гурав", ""]
+    (tmp_path / "a.txt").write_bytes("один\r\nhoyor\n".encode())
+    (tmp_path / "b.jsonl").write_text('{"text": "гу\u2028рав"}\n{"text": null}\n')
+    assert read_lines([tmp_path / "a.txt", tmp_path / "b.jsonl"]) == [
+        "один",
+        "hoyor",
+        "гу\u2028рав",
+        "",
+    ]

@@ -18,7 +18,7 @@ def recipe() -> Path:
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    names = ("synthesise", "prepare", "pseudo_label")
+    names = ("synthesise", "prepare", "pseudo_label", "average")
     sys.path.insert(0, str(RECIPE))
     try:
         yield {name: importlib.import_module(name) for name in names}
