@@ -4,6 +4,10 @@ from collections import Counter
 
 import pytest
 import schemathesis
+
+# Now, not within the first fixture: where pytest rewrites it that deep in calls, Python 3.11 may
+# end in "AST constructor recursion depth mismatch" (CPython's issue 106905).
+import schemathesis.specs.openapi.schemas
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (

@@ -251,7 +251,7 @@ def test_a_text_longer_than_the_decoder_is_learnt_as_far_as_it_goes(
 ) -> None:
     row = {"audio": str(work / "1.wav"), "text": "zero one two " * 300, "duration": 1.0}
     write_manifest(tmp_path / "long.jsonl", [row])
-    options = [*whisper_options(work), "--max-steps", 1, "--ctc-weight", 0]
+    options = [*whisper_options(work), "--epochs", 1, "--ctc-weight", 0]
     options[1] = tmp_path / "long.jsonl"
     run("train", "whisper", *options, "--output", tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists()
