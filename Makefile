@@ -17,9 +17,8 @@ DEVICE ?= auto
 serve: $(STAMP)
 	exec $(BIN)/speechllm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)" --device "$(DEVICE)"
 
-# A thread for each process: the tests' models are too small for more.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest
 
 check: $(STAMP)
 	$(BIN)/ruff check .
