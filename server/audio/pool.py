@@ -282,3 +282,7 @@ class _Worker:
             self.process.kill()
         self._stdin.close()
         await self.process.wait()
+        # The pipes close behind the process; nothing of it is to be open when the loop ends.
+        with contextlib.suppress(OSError):
+            await self._stdout.read()
+            await self._stdin.wait_closed()
