@@ -53,13 +53,21 @@ class DecodePool:
         """Start the processes.
 
         Raises:
-            OSError: they cannot be started.
+            ExceptionGroup: of OSError: they cannot be started.
         """
-        await asyncio.gather(*(self._add() for _ in range(self._size)))
+        # Unlike `gather`, a group waits for those that it cancels, and so for their pipes to close.
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._size):
+                group.create_task(self._add())
 
     async def _add(self) -> None:
-        worker = await _Worker.start()
+        worker = await _Worker.spawn()
         self._workers.add(worker)
+        try:
+            await worker.wait_until_ready()
+        except BaseException:
+            await self._end(worker)
+            raise
         self._idle.put_nowait(worker)
 
     async def stop(self) -> None:
@@ -238,28 +246,33 @@ class _Worker:
         self._stdin, self._stdout = process.stdin, process.stdout
 
     @classmethod
-    async def start(cls) -> _Worker:
+    async def spawn(cls) -> _Worker:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
         # A session of its own: Ctrl+C in a terminal must not end the decoders while we drain.
-        process = await asyncio.create_subprocess_exec(
+        creation = asyncio.create_subprocess_exec(
             sys.executable, "-m", "server.audio.worker",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
             limit=1 << 20, env=environment, start_new_session=True,
         )  # fmt: skip
-        worker = cls(process)
+        creating = asyncio.ensure_future(creation)
+        try:
+            return cls(await asyncio.shield(creating))
+        except asyncio.CancelledError:
+            # Cancelled itself, asyncio may leave a pipe open that it was about to connect.
+            await cls(await creating).end()
+            raise
+
+    async def wait_until_ready(self) -> None:
+        """Raises OSError if the process does not start."""
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                await wire.read_async(worker._stdout, 0)
-        except BaseException as error:
-            await worker.end()
-            if isinstance(error, asyncio.IncompleteReadError | TimeoutError | ValueError):
-                raise OSError("a decoding process does not start") from error
-            raise
-        return worker
+                await wire.read_async(self._stdout, 0)
+        except (asyncio.IncompleteReadError, TimeoutError, ValueError) as error:
+            raise OSError("a decoding process does not start") from error
 
     async def send(self, request: dict[str, Any], data: bytes) -> None:
         self._stdin.write(wire.pack(request, len(data)))

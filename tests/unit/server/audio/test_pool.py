@@ -100,6 +100,23 @@ async def test_a_hanging_process_is_ended_and_replaced():
         await pool.stop()
 
 
+@pytest.mark.parametrize("turns", range(12))
+def test_a_start_that_is_broken_off_leaves_nothing_open(turns):
+    async def break_off():
+        pool = DecodePool(2, timeout_s=30.0)
+        starting = asyncio.create_task(pool.start())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        await pool.stop()
+
+    open_before = sorted(Path("/proc/self/fd").iterdir())
+    asyncio.run(break_off())
+    assert sorted(Path("/proc/self/fd").iterdir()) == open_before
+
+
 async def test_a_caller_that_leaves_costs_no_process(pool):
     before = pool.process_ids
     leaving = asyncio.create_task(decode(pool, encode(tone(25.0, 44_100), 44_100, "mp3")))
