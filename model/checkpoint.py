@@ -319,8 +319,14 @@ def load_model(
     for part in ("", *_OWN_PARTS):
         refuse_pickles(folder / part)
     config = load_config(folder)
-    encoder = load_encoder(resolve(config.encoder, folder), config, dtype)
-    llm = load_llm(resolve(config.llm, folder), config, dtype)
+    sources = [resolve(config.encoder, folder), resolve(config.llm, folder)]
+    encoder = load_encoder(sources[0], config, dtype)
+    llm = load_llm(sources[1], config, dtype)
+    for part, source in zip(("encoder", "llm"), sources, strict=True):
+        own = getattr(config, part)
+        # Elsewhere, where this model may be saved, a path from this folder would lead nowhere.
+        if own not in _OWN_PARTS and (folder / own).is_dir():
+            setattr(config, part, str(source.resolve()))
     if config.lora is not None:
         llm = _load_lora(llm, resolve(config.lora, folder), merge=merge_lora)
         if merge_lora:

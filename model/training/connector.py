@@ -228,7 +228,9 @@ class ConnectorObjective(nn.Module):
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )
         if self._teacher is not None and teacher_frames is not None:
-            taught = self._teacher.probabilities(teacher_frames, frame_lens, targets)
+            taught = self._teacher.probabilities(
+                teacher_frames, frame_lens, targets, logits.shape[-1]
+            )
             distance = functional.cross_entropy(logits, taught)
             llm_loss = llm_loss.lerp(distance, self.config.teacher_weight)
         if self.model.ctc_head is None or self.config.ctc_weight == 0:

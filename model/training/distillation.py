@@ -67,26 +67,36 @@ class WhisperTeacher:
         return encode(self._whisper.model.encoder, input_features, feature_lens, self._mode)[0]
 
     @torch.no_grad()
-    def probabilities(self, frames: Tensor, frame_lens: Tensor, targets: list[list[int]]) -> Tensor:
+    def probabilities(
+        self, frames: Tensor, frame_lens: Tensor, targets: list[list[int]], vocab_size: int
+    ) -> Tensor:
         """Distribution over each next token, targets and EOS of all clips in a row.
+
+        What lies beyond the decoder's last position it cannot teach: zeros stand there.
 
         Args:
             frames: (B, F, D) of the teacher's encoder.
             frame_lens: (B,) valid frames.
             targets: token ids of each clip.
+            vocab_size: of the LLM, V, whose table may be larger than the tokenizer.
 
         Returns:
             (sum over clips of L + 1, V) float32.
         """
         self._whisper.to(frames.device)
-        inputs = pad_targets([self._prefix + ids for ids in targets], self._pad_id)
+        skipped, most = len(self._prefix) - 1, self._whisper.config.max_target_positions
+        inputs = pad_targets([(self._prefix + ids)[:most] for ids in targets], self._pad_id)
         with masked_cross_attention(self._whisper, length_mask(frame_lens, frames.shape[1])):
             hidden = self._whisper.model.decoder(
                 input_ids=inputs.to(frames.device), encoder_hidden_states=frames, use_cache=False
             ).last_hidden_state
-        skipped = len(self._prefix) - 1
-        taught = torch.tensor([len(ids) + 1 for ids in targets], device=frames.device)
+        wanted = torch.tensor([len(ids) + 1 for ids in targets], device=frames.device)
+        taught = wanted.clamp(max=most - skipped)
         hidden = hidden[:, skipped:]
         logits = self._whisper.proj_out(hidden[length_mask(taught, hidden.shape[1])])
-        probabilities: Tensor = logits.float().softmax(-1)
+        probabilities = logits.new_zeros(int(wanted.sum()), vocab_size, dtype=torch.float32)
+        positions = torch.cat([torch.arange(int(n), device=frames.device) for n in wanted])
+        is_taught = positions < taught.repeat_interleave(wanted)
+        n_tokens = min(vocab_size, logits.shape[-1])
+        probabilities[is_taught, :n_tokens] = logits.float().softmax(-1)[:, :n_tokens]
         return probabilities

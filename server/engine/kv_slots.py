@@ -117,7 +117,7 @@ def plan_slots(
     if n_slots < 1:
         raise ValueError(
             f"a sequence of {slot_tokens} tokens takes {one.slot_bytes / 2**20:.1f} MiB of keys "
-            f"and values, and the budget is {budget_bytes / 2**20:.1f} MiB"
+            f"and values, and the budget is {budget_bytes / 2**20:.1f} MiB (--kv-cache-mib)"
         )
     return SlotPlan(n_slots, slot_tokens, layers, dtype)
 

@@ -132,6 +132,21 @@ def test_a_connector_is_published_alone(tiny_checkpoint: Path, tmp_path: Path) -
     assert torch.equal(logits(model, tiny_checkpoint), logits(again, tmp_path))
 
 
+def test_parts_at_a_relative_path_are_found_again_from_elsewhere(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "first")
+    for part in ("encoder", "llm"):
+        (tmp_path / "first" / part).rename(tmp_path / part)
+    config = tmp_path / "first" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"encoder": "../encoder", "llm": "../llm"}))
+    second = tmp_path / "some" / "where" / "second"
+    save_model(load_model(tmp_path / "first"), second, processor=load_processor(tiny_checkpoint))
+    assert not (second / "llm").exists()
+    load_model(second)
+
+
 def test_a_sharded_llm_loads(folder: Path) -> None:
     model = load_model(folder)
     expected = logits(model, folder)

@@ -53,14 +53,35 @@ def test_probabilities_are_those_of_each_clip_alone(fresh_model, teacher_folder)
     teacher = WhisperTeacher(teacher_folder(), fresh_model()[1])
     frames = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
     lens = torch.tensor([20, 7, 12])
-    together = teacher.probabilities(frames, lens, TARGETS)
+    together = teacher.probabilities(frames, lens, TARGETS, 320)
     alone = [
-        teacher.probabilities(frames[i : i + 1, :length], lens[i : i + 1], TARGETS[i : i + 1])
+        teacher.probabilities(frames[i : i + 1, :length], lens[i : i + 1], TARGETS[i : i + 1], 320)
         for i, length in enumerate(lens.tolist())
     ]
     assert together.shape == (sum(len(ids) + 1 for ids in TARGETS), 320)
     torch.testing.assert_close(together, torch.cat(alone))
     torch.testing.assert_close(together.sum(-1), torch.ones(len(together)))
+
+
+def test_an_llm_may_have_more_embeddings_than_its_teacher_has_tokens(fresh_model, teacher_folder):
+    teacher = WhisperTeacher(teacher_folder(), fresh_model()[1])
+    frames, lens = torch.randn(3, 20, 32), torch.tensor([20, 7, 12])
+    wide = teacher.probabilities(frames, lens, TARGETS, 384)
+    assert wide.shape[1] == 384
+    torch.testing.assert_close(wide[:, :320], teacher.probabilities(frames, lens, TARGETS, 320))
+    assert not wide[:, 320:].any()
+
+
+def test_what_is_too_long_for_the_teacher_is_not_taught(fresh_model, teacher_folder):
+    teacher = WhisperTeacher(teacher_folder(), fresh_model()[1])
+    frames, lens = torch.randn(2, 20, 32), torch.tensor([20, 20])
+    taught = teacher.probabilities(frames, lens, [[40] * 500, [43]], 320).sum(-1)
+    assert len(taught) == 501 + 2
+    n_taught = int(taught[:501].sum().round())
+    assert 440 < n_taught <= 448
+    torch.testing.assert_close(taught[:n_taught], torch.ones(n_taught))
+    assert not taught[n_taught:501].any()
+    torch.testing.assert_close(taught[501:], torch.ones(2))
 
 
 def test_training_pulls_the_llm_towards_its_teacher(fresh_model, utterances, teacher_folder):
