@@ -4,7 +4,9 @@
 
 In every round each way transcribes all clips, so that the machine's drift hits all of them. The
 servers are processes of their own, asked over real sockets; the rest runs in this process, while
-they are idle. A random shape says as many tokens of each second of audio as `--rates` tells.
+they are idle. A random shape says as many tokens of each second of audio as `--rates` tells. With
+as many clips as clients there is one wave only, and filling and emptying the server weigh as much
+as what it does in between: take three times as many, or more.
 """
 
 from __future__ import annotations
@@ -213,7 +215,7 @@ def main(
     shapes: Annotated[str, typer.Option(help="default, small, 0.5b.")] = "default,0.5b",
     rates: Annotated[str, typer.Option(help="Tokens an audio second, random shapes.")] = "3,8",
     clients: Annotated[str, typer.Option(help="Numbers of clients.")] = "1,4,16,32",
-    clips: Annotated[int, typer.Option(min=2, max=2000)] = 48,
+    clips: Annotated[int, typer.Option(min=2, max=2000, help="Several times the clients.")] = 96,
     shortest_s: Annotated[float, typer.Option(min=0.1, max=30)] = 1.0,
     longest_s: Annotated[float, typer.Option(min=0.1, max=30)] = 20.0,
     rounds: Annotated[int, typer.Option(min=1, max=20)] = 3,

@@ -18,7 +18,7 @@ import json
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -319,14 +319,8 @@ def load_model(
     for part in ("", *_OWN_PARTS):
         refuse_pickles(folder / part)
     config = load_config(folder)
-    sources = [resolve(config.encoder, folder), resolve(config.llm, folder)]
-    encoder = load_encoder(sources[0], config, dtype)
-    llm = load_llm(sources[1], config, dtype)
-    for part, source in zip(("encoder", "llm"), sources, strict=True):
-        own = getattr(config, part)
-        # Elsewhere, where this model may be saved, a path from this folder would lead nowhere.
-        if own not in _OWN_PARTS and (folder / own).is_dir():
-            setattr(config, part, str(source.resolve()))
+    encoder = load_encoder(_find_part(config, "encoder", folder), config, dtype)
+    llm = load_llm(_find_part(config, "llm", folder), config, dtype)
     if config.lora is not None:
         llm = _load_lora(llm, resolve(config.lora, folder), merge=merge_lora)
         if merge_lora:
@@ -352,6 +346,18 @@ def load_model(
             raise CheckpointError(f"{folder / _GENERATION_FILE}: {error}") from error
     model.to(device).eval()
     return model
+
+
+def _find_part(config: SpeechLLMConfig, part: Literal["encoder", "llm"], folder: Path) -> Path:
+    """Resolve a part of the checkpoint in `folder`, and have `config` say where it lies.
+
+    A path from this folder would lead nowhere from that in which the model may be saved.
+    """
+    source: str = getattr(config, part)
+    found = resolve(source, folder)
+    if source not in _OWN_PARTS and (folder / source).is_dir():
+        setattr(config, part, str(found.resolve()))
+    return found
 
 
 def _load_lora(llm: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:

@@ -25,7 +25,9 @@ from server.runtime import Runtime
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from server.board import Seat
     from server.engine.interface import Engine, Runner
+    from server.runtime import Shared
     from server.settings import Settings
 
 
@@ -33,6 +35,7 @@ def create_app(
     settings: Settings,
     engine: Engine | None = None,
     *,
+    shared: Shared | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """Build the server's application; its lifespan loads, warms up and drains.
@@ -40,17 +43,18 @@ def create_app(
     Args:
         settings: the server's options.
         engine: used in place of the one that the settings describe.
+        shared: what it has in common with other processes, if there are any.
         on_failure: called when the model cannot be loaded or has died for good, to end the process.
 
     Raises:
         SettingError: an API key is malformed, or the file of API keys cannot be read; without an
             engine, also if there is no such checkpoint or device.
     """
-    metrics = Metrics()
+    metrics = shared.metrics if shared else Metrics()
     if engine is None:
         check_model_settings(settings)
         engine = build_engine(settings, metrics)
-    runtime = Runtime(settings, engine, metrics, on_failure=on_failure)
+    runtime = Runtime(settings, engine, metrics, shared=shared, on_failure=on_failure)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -100,9 +104,19 @@ def build_engine(settings: Settings, metrics: Metrics) -> ContinuousEngine:
     return ContinuousEngine(
         partial(_load_runner, settings),
         limits,
-        Admission(max_requests=settings.max_queue_size, max_audio_s=settings.max_queue_audio_s),
+        make_admission(settings),
         guards=Guards(loops=settings.loop_guard, silence=settings.silence_gate),
         on_iteration=metrics.iterated,
+    )
+
+
+def make_admission(settings: Settings, seat: Seat | None = None) -> Admission:
+    """Make what bounds the engine's queue; with a seat, that of several processes together."""
+    return Admission(
+        max_requests=settings.max_queue_size,
+        max_audio_s=settings.max_queue_audio_s,
+        requests=seat.tally("requests") if seat else None,
+        audio_s=seat.tally("audio_s") if seat else None,
     )
 
 

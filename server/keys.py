@@ -8,11 +8,10 @@ import hmac
 import math
 import re
 import time
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.board import Bucket, Tally
 from server.errors import ApiKeyError, RateLimitedError
 from server.settings import SettingError
 
@@ -72,6 +71,11 @@ class KeyRing:
         except ValueError as error:
             raise SettingError("api_keys_file", str(error)) from error
 
+    @property
+    def owners(self) -> list[str]:
+        """Whose requests there can be."""
+        return list(self._names.values()) or [ANONYMOUS]
+
     def __len__(self) -> int:
         """Return how many keys are taken; none means that everybody may come."""
         return len(self._names)
@@ -113,18 +117,10 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-@dataclass(slots=True)
-class _Bucket:
-    """Seconds of audio that a key may still have transcribed; below 0 it is in debt."""
-
-    level_s: float
-    updated_s: float
-
-
 class Charge:
     """What a transcription costs its key."""
 
-    def __init__(self, bucket: _Bucket, audio_s: float) -> None:
+    def __init__(self, bucket: Bucket, audio_s: float) -> None:
         """Made by `KeyLimits.hold`."""
         self._bucket = bucket
         self._audio_s = 0.0
@@ -132,7 +128,8 @@ class Charge:
 
     def measure(self, audio_s: float) -> None:
         """Correct the length that was assumed."""
-        self._bucket.level_s -= audio_s - self._audio_s
+        with self._bucket.opened() as cells:
+            cells[0] -= audio_s - self._audio_s
         self._audio_s = audio_s
 
 
@@ -144,6 +141,7 @@ class KeyLimits:
         *,
         max_concurrency: int,
         audio_s_per_minute: float,
+        use_of: Callable[[str], tuple[Tally, Bucket]] = lambda _owner: (Tally(), Bucket()),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with every key's share whole.
@@ -151,13 +149,14 @@ class KeyLimits:
         Args:
             max_concurrency: transcriptions at once; 0 for any number.
             audio_s_per_minute: seconds of audio; 0 for any number.
-            clock: monotonic seconds.
+            use_of: where a key's transcriptions and audio are counted; asked once for each key.
+            clock: monotonic seconds, the same in all processes that count together.
         """
         self._max_concurrency = max_concurrency
         self._per_minute_s = audio_s_per_minute
+        self._use_of = use_of
         self._clock = clock
-        self._running: Counter[str] = Counter()
-        self._buckets: dict[str, _Bucket] = {}
+        self._uses: dict[str, tuple[Tally, Bucket]] = {}
 
     @contextlib.contextmanager
     def hold(self, owner: str, audio_s: float) -> Iterator[Charge]:
@@ -173,28 +172,33 @@ class KeyLimits:
         Raises:
             RateLimitedError: the share is used up; says when to come back.
         """
-        bucket = self._refill(owner)
-        if self._per_minute_s and bucket.level_s <= 0:
-            wait_s = 60 * -bucket.level_s / self._per_minute_s
+        if owner not in self._uses:
+            self._uses[owner] = self._use_of(owner)
+        running, bucket = self._uses[owner]
+        level_s = self._refill(bucket)
+        if self._per_minute_s and level_s <= 0:
+            wait_s = 60 * -level_s / self._per_minute_s
             raise RateLimitedError(
                 f"this key's {self._per_minute_s:g} s of audio a minute are used up",
                 retry_after_s=math.floor(wait_s) + 1.0,
             )
-        if self._max_concurrency and self._running[owner] >= self._max_concurrency:
+        if self._max_concurrency and running.total >= self._max_concurrency:
             raise RateLimitedError(
                 f"this key has {self._max_concurrency} transcriptions running, the most it may",
                 retry_after_s=_RETRY_CONCURRENCY_S,
             )
-        self._running[owner] += 1
+        running.add(1)
         try:
             yield Charge(bucket, audio_s)
         finally:
-            self._running[owner] -= 1
+            running.add(-1)
 
-    def _refill(self, owner: str) -> _Bucket:
+    def _refill(self, bucket: Bucket) -> float:
+        """Let what time has earned flow in, and return what there is, seconds."""
         now_s = self._clock()
-        bucket = self._buckets.setdefault(owner, _Bucket(self._per_minute_s, now_s))
-        earned_s = (now_s - bucket.updated_s) * self._per_minute_s / 60
-        bucket.level_s = min(self._per_minute_s, bucket.level_s + earned_s)
-        bucket.updated_s = now_s
-        return bucket
+        with bucket.opened() as cells:
+            level_s, updated_s, is_used = cells
+            earned_s = (now_s - updated_s) * self._per_minute_s / 60
+            level_s = min(self._per_minute_s, level_s + earned_s) if is_used else self._per_minute_s
+            cells[:] = level_s, now_s, 1.0
+        return float(level_s)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from server.audio.clip import SAMPLE_RATE_HZ, Excerpt, Progress
+from server.board import Tally
 from server.errors import DeadlineExceededError, QueueFullError
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ _RETRY_LONG_S = 30.0  # nobody knows how long the recordings under way will take
 class LongRecordings:
     """Bounds how many recordings that need several excerpts are under way."""
 
-    def __init__(self, most: int) -> None:
-        """Begin without any."""
+    def __init__(self, most: int, under_way: Tally | None = None) -> None:
+        """Begin without any; `under_way` is where they are counted."""
         self._most = most
-        self._under_way = 0
+        self._under_way = under_way or Tally()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -41,16 +42,16 @@ class LongRecordings:
         Raises:
             QueueFullError: they are all taken.
         """
-        if self._under_way >= self._most:
+        if self._under_way.total >= self._most:
             raise QueueFullError(
-                f"{self._under_way} long recordings are being transcribed already",
+                f"{self._under_way.total:g} long recordings are being transcribed already",
                 retry_after_s=_RETRY_LONG_S,
             )
-        self._under_way += 1
+        self._under_way.add(1)
         try:
             yield
         finally:
-            self._under_way -= 1
+            self._under_way.add(-1)
 
 
 @dataclass(frozen=True, slots=True)

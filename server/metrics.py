@@ -6,6 +6,7 @@ RTFx over a window, that is seconds of audio for each second the device worked:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from prometheus_client import (
@@ -17,9 +18,11 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from server.engine.interface import EngineResult, EngineStats, IterationReport
 
@@ -35,6 +38,14 @@ _STEP_SECONDS = (
     0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
     0.5, 1.0, 2.0, 5.0,
 )  # fmt: skip
+_IN_COMMON = frozenset(
+    {
+        "speechllm_requests_admitted", "speechllm_admitted_audio_seconds",
+        "speechllm_requests_waiting", "speechllm_requests_running", "speechllm_kv_slots",
+        "speechllm_kv_cache_bytes", "speechllm_drain_rtfx", "python_info", "process_max_fds",
+    }
+)  # fmt: skip
+_EARLIEST = frozenset({"speechllm_ready", "process_start_time_seconds"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -274,3 +285,51 @@ class Metrics:
     def render(self) -> bytes:
         """Return all series in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+def merge_metrics(living: Sequence[bytes], ended: Sequence[bytes] = ()) -> bytes:
+    """Make one text of those of several processes that serve together.
+
+    Counts, times and memory add up. What all processes read from the same place is theirs in
+    common. Of processes that have ended, what they counted stays, and what they held does not.
+    """
+    families: dict[str, Metric] = {}
+    values: dict[str, defaultdict[tuple[str, tuple[tuple[str, str], ...]], list[float]]] = {}
+    for number, text in enumerate([*living, *ended]):
+        for family in text_string_to_metric_families(text.decode()):
+            if number >= len(living) and family.type == "gauge":
+                continue
+            families.setdefault(family.name, family)
+            found = values.setdefault(family.name, defaultdict(list))
+            for sample in family.samples:
+                found[sample.name, tuple(sample.labels.items())].append(sample.value)
+    registry = CollectorRegistry()
+    registry.register(_Merged(families, values))
+    return generate_latest(registry)
+
+
+class _Merged:
+    """A collector of what was merged."""
+
+    def __init__(
+        self,
+        families: dict[str, Metric],
+        values: dict[str, defaultdict[tuple[str, tuple[tuple[str, str], ...]], list[float]]],
+    ) -> None:
+        self._families = families
+        self._values = values
+
+    def collect(self) -> Iterable[Metric]:
+        for name, family in self._families.items():
+            merged = Metric(name, family.documentation, family.type)
+            for (sample, labels), values in self._values[name].items():
+                merged.add_sample(sample, dict(labels), _merge(sample, values))
+            yield merged
+
+
+def _merge(sample: str, values: list[float]) -> float:
+    if sample in _IN_COMMON:
+        return max(values)
+    if sample in _EARLIEST or sample.endswith("_created"):
+        return min(values)
+    return sum(values)

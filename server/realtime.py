@@ -25,6 +25,7 @@ from server.audio.pcm import SAMPLE_BYTES, Encoding, PcmStream
 from server.audio.segmentation import excerpts
 from server.audio.turns import TurnBegan, TurnEnded, TurnFinder, TurnGrew, TurnPiece, VadOptions
 from server.audio.vad import SpeechDetector
+from server.board import Tally
 from server.engine.decoding import GREEDY, Decoding
 from server.engine.interface import EngineRequest
 from server.errors import (
@@ -59,10 +60,10 @@ _RETRY_SESSIONS_S = 30.0  # nobody knows how long the open ones will last
 class OpenSessions:
     """Bounds how many live sessions are open, and tells them when the server is about to end."""
 
-    def __init__(self, most: int) -> None:
-        """Begin without any."""
+    def __init__(self, most: int, sessions: Tally | None = None) -> None:
+        """Begin without any; `sessions` is where they are counted."""
         self._most = most
-        self.open = 0
+        self._open = sessions or Tally()
         self.closing = asyncio.Event()
         self._none = asyncio.Event()
         self._none.set()
@@ -74,17 +75,18 @@ class OpenSessions:
         Raises:
             QueueFullError: they are all taken.
         """
-        if self.open >= self._most:
+        if self._open.total >= self._most:
             raise QueueFullError(
-                f"{self.open} live sessions are open already", retry_after_s=_RETRY_SESSIONS_S
+                f"{self._open.total:g} live sessions are open already",
+                retry_after_s=_RETRY_SESSIONS_S,
             )
-        self.open += 1
+        self._open.add(1)
         self._none.clear()
         try:
             yield
         finally:
-            self.open -= 1
-            if not self.open:
+            self._open.add(-1)
+            if not self._open.own:
                 self._none.set()
 
     async def drain(self, timeout_s: float) -> None:

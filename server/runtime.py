@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from server.audio.limits import AudioLimits
 from server.audio.pool import DecodePool
+from server.board import Seat
 from server.errors import ModelUnknownError, NotReadyError, QueueFullError, ShuttingDownError
 from server.keys import KeyLimits, KeyRing
 from server.log import structured
@@ -18,7 +20,7 @@ from server.realtime import OpenSessions
 from server.turnstile import Turnstile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from server.engine.interface import Engine
     from server.metrics import Metrics
@@ -31,6 +33,21 @@ _UPLOAD_RETRY_S = 1.0
 State = Literal["loading", "ready", "draining", "failed"]
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a process that serves with others has in common with them.
+
+    Attributes:
+        metrics: its own.
+        seat: where it counts what is limited.
+        collect: gathers the metrics of all processes.
+    """
+
+    metrics: Metrics
+    seat: Seat
+    collect: Callable[[], Awaitable[bytes]]
+
+
 class Runtime:
     """The engine, the decoding processes and the metrics of one application."""
 
@@ -40,6 +57,7 @@ class Runtime:
         engine: Engine,
         metrics: Metrics,
         *,
+        shared: Shared | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare; `start` begins to load.
@@ -48,6 +66,7 @@ class Runtime:
             settings: the server's options.
             engine: not started yet.
             metrics: shared with the engine.
+            shared: what it has in common with other processes, if there are any.
             on_failure: called when loading has failed or the engine has died, to end the process.
 
         Raises:
@@ -59,9 +78,12 @@ class Runtime:
         self.keys = KeyRing.from_settings(
             settings.api_keys.get_secret_value(), settings.api_keys_file
         )
+        seat = shared.seat if shared else Seat()
+        owners = self.keys.owners
         self.key_limits = KeyLimits(
             max_concurrency=settings.key_max_concurrency,
             audio_s_per_minute=settings.key_audio_s_per_minute,
+            use_of=lambda owner: seat.key_use(owner, owners),
         )
         # The engine can always fill its next batch from these, and decode beside it.
         self.turnstile = Turnstile(
@@ -69,10 +91,13 @@ class Runtime:
         )
         self.created_s = int(time.time())
         self.decode_pool = DecodePool(settings.decode_workers, settings.decode_timeout_s)
-        self.long_recordings = LongRecordings(settings.max_long_recordings)
-        self.open_sessions = OpenSessions(settings.realtime_max_sessions)
+        self.long_recordings = LongRecordings(
+            settings.max_long_recordings, seat.tally("long_recordings")
+        )
+        self.open_sessions = OpenSessions(settings.realtime_max_sessions, seat.tally("sessions"))
         self.failure: Exception | None = None
-        self._receiving = 0
+        self._uploads = seat.tally("uploads")
+        self._shared = shared
         self._on_failure = on_failure
         self._state: State = "loading"
         self._loading: asyncio.Task[None] | None = None
@@ -122,14 +147,22 @@ class Runtime:
         Raises:
             QueueFullError: too many come in already.
         """
-        if self._receiving >= self.settings.max_uploads:
-            reason = f"{self._receiving} uploads are being received already"
+        if self._uploads.total >= self.settings.max_uploads:
+            reason = f"{self._uploads.total:g} uploads are being received already"
             raise QueueFullError(reason, retry_after_s=_UPLOAD_RETRY_S)
-        self._receiving += 1
+        self._uploads.add(1)
         try:
             yield
         finally:
-            self._receiving -= 1
+            self._uploads.add(-1)
+
+    async def render_metrics(self) -> bytes:
+        """All series of the server in Prometheus' text format.
+
+        Raises:
+            NotReadyError: the other processes cannot be asked.
+        """
+        return await self._shared.collect() if self._shared else self.metrics.render()
 
     def start(self) -> None:
         """Begin to load; answers are given meanwhile, and readiness is off."""

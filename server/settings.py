@@ -119,6 +119,15 @@ class Settings(BaseSettings):
         "ended.",
     )
 
+    front_ends: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that take in requests and decode uploads for one engine; more than "
+        "one where one cannot keep a GPU busy. The engine then has a process of its own, and the "
+        "decoding processes are shared out.",
+    )
+
     max_batch_size: int = Field(
         32,
         ge=1,

@@ -94,7 +94,7 @@ class WhisperTeacher:
         taught = wanted.clamp(max=most - skipped)
         hidden = hidden[:, skipped:]
         logits = self._whisper.proj_out(hidden[length_mask(taught, hidden.shape[1])])
-        probabilities = logits.new_zeros(int(wanted.sum()), vocab_size, dtype=torch.float32)
+        probabilities: Tensor = logits.new_zeros(int(wanted.sum()), vocab_size, dtype=torch.float32)
         positions = torch.cat([torch.arange(int(n), device=frames.device) for n in wanted])
         is_taught = positions < taught.repeat_interleave(wanted)
         n_tokens = min(vocab_size, logits.shape[-1])

@@ -41,7 +41,7 @@ async def ready(runtime: RuntimeDependency, response: Response) -> HealthBody:
 @router.get("/metrics", response_class=Response)
 async def metrics(runtime: RuntimeDependency) -> Response:
     """Return all series in Prometheus' text format."""
-    return Response(runtime.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(await runtime.render_metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 def version() -> str:

@@ -7,7 +7,6 @@ import functools
 import inspect
 import logging
 import os
-import signal
 import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,16 +24,12 @@ from server.settings import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from uvicorn import Server
-
-    from server.runtime import Runtime
+    from fastapi import FastAPI
 
 _log = logging.getLogger(__name__)
 
 _FAILED = 1
 _BAD_USAGE = 2
-_CLOSE_CONNECTIONS_S = 5  # after draining, for the answers to get out
-_LOOK_AGAIN_S = 0.1
 
 
 def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
@@ -82,42 +77,45 @@ def serve(settings: Settings) -> None:
 
     Every option is also an environment variable; the flag wins.
     """
-    import uvicorn
-
-    from server.api.realtime import MAX_MESSAGE_BYTES
-    from server.app import create_app
     from server.log import configure_logging
 
     configure_logging(settings.log_level)
     _warn_of_variables(settings)
     listener = _listen(settings.host, settings.port)
-    # uvicorn raises its signals again once it has drained; the default handlers would then report
-    # a good end as a death by signal.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: None)
     try:
-        app = create_app(settings, on_failure=lambda: _end(server))
+        failure = (_serve_alone if settings.front_ends == 1 else _serve_together)(
+            settings, listener
+        )
     except SettingError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(_BAD_USAGE) from error
-    runtime: Runtime = app.state.runtime
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        ws="websockets-sansio",
-        ws_max_size=MAX_MESSAGE_BYTES,
-        ws_per_message_deflate=False,  # of little use for sound, and its window costs memory
-        timeout_graceful_shutdown=_CLOSE_CONNECTIONS_S,
-    )
-    server = _draining_server(config, runtime)
-    _announce(settings, listener)
-    server.run(sockets=[listener])
-    if runtime.failure is not None:
-        typer.echo(f"error: cannot serve {settings.model}: {runtime.failure}", err=True)
+    if failure is not None:
+        typer.echo(f"error: cannot serve {settings.model}: {failure}", err=True)
         raise typer.Exit(_FAILED)
+
+
+def _serve_alone(settings: Settings, listener: socket.socket) -> Exception | None:
+    """Serve in this process; returns why the model has failed, if it has."""
+    from server.app import create_app
+    from server.front_end import serve as serve_http
+
+    def announced(end: Callable[[], None]) -> FastAPI:
+        app = create_app(settings, on_failure=end)
+        _announce(settings, listener)
+        return app
+
+    return serve_http(announced, listener).failure
+
+
+def _serve_together(settings: Settings, listener: socket.socket) -> Exception | None:
+    """Run the engine in this process, and front ends in others."""
+    from server.preflight import check_model_settings
+    from server.supervisor import supervise
+
+    check_model_settings(settings)
+    listener.listen()
+    _announce(settings, listener)
+    return asyncio.run(supervise(settings, listener))
 
 
 def _warn_of_variables(settings: Settings) -> None:
@@ -153,27 +151,6 @@ def _listen(host: str, port: int) -> socket.socket:
         typer.echo(f"error: cannot listen on {host}:{port}: {error.strerror}", err=True)
         raise typer.Exit(_FAILED) from error
     return listener
-
-
-def _draining_server(config: Any, runtime: Runtime) -> Server:  # noqa: ANN401 - uvicorn is lazy
-    import uvicorn
-
-    class DrainingServer(uvicorn.Server):
-        """Finishes what is in flight before it stops to listen."""
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            # uvicorn would cut live sessions off at once, and refuse the connections of those who
-            # are to be told that this server takes no more.
-            drained = runtime.begin_drain()
-            while not drained.done() and not self.force_exit:  # a second Ctrl-C
-                await asyncio.wait([drained], timeout=_LOOK_AGAIN_S)
-            await super().shutdown(sockets)
-
-    return DrainingServer(config)
-
-
-def _end(server: Server) -> None:
-    server.should_exit = True
 
 
 def _announce(settings: Settings, listener: socket.socket) -> None:

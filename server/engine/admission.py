@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from server.board import Tally
 from server.errors import QueueFullError
 
 _MIN_RETRY_S = 1.0
@@ -18,20 +19,17 @@ class DrainRate:
     def __init__(self) -> None:
         """Begin without a measurement."""
         self._audio_s = 0.0
-        self._requests = 0.0
         self._busy_s = 0.0
 
-    def record(self, *, requests: int, audio_s: float, busy_s: float) -> None:
+    def record(self, *, audio_s: float, busy_s: float) -> None:
         """Count what some seconds of work have finished, if anything."""
         kept = math.exp(-busy_s / self._MEMORY_S)
         self._audio_s = kept * self._audio_s + audio_s
-        self._requests = kept * self._requests + requests
         self._busy_s = kept * self._busy_s + busy_s
 
-    @property
-    def requests_per_s(self) -> float | None:
-        """None before the first request has finished."""
-        return self._requests / self._busy_s if self._requests and self._busy_s else None
+    def assume(self, rtfx: float | None) -> None:
+        """Take over what another process has measured."""
+        self._audio_s, self._busy_s = rtfx or 0.0, 1.0
 
     @property
     def rtfx(self) -> float | None:
@@ -47,18 +45,47 @@ class DrainRate:
 class Admission:
     """Counts what has been taken on, and refuses what would be too much."""
 
-    def __init__(self, *, max_requests: int, max_audio_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        max_requests: int,
+        max_audio_s: float,
+        requests: Tally | None = None,
+        audio_s: Tally | None = None,
+    ) -> None:
         """Begin empty.
 
         Args:
             max_requests: most that may wait, whatever runs already.
             max_audio_s: most seconds of audio that may wait; one longer clip may wait alone.
+            requests: where they are counted, if other processes count too.
+            audio_s: likewise their audio, seconds.
         """
         self._max_requests = max_requests
         self._max_audio_s = max_audio_s
+        self._requests = requests or Tally()
+        self._audio_s = audio_s or Tally()
         self.rate = DrainRate()
-        self.requests = 0
-        self.audio_s = 0.0
+
+    @property
+    def requests(self) -> int:
+        """Taken on, by all processes."""
+        return int(self._requests.total)
+
+    @property
+    def audio_s(self) -> float:
+        """Their audio, seconds."""
+        return self._audio_s.total
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this process has taken nothing on."""
+        return not self._requests.own
+
+    def count(self, requests: int, audio_s: float) -> None:
+        """Change what this process has taken on."""
+        self._requests.add(requests)
+        self._audio_s.add(audio_s)
 
     def check(self, audio_s: float, *, running: int, running_audio_s: float) -> None:
         """Refuse a request of so many seconds if there is no room for it.
@@ -83,8 +110,7 @@ class Admission:
 
     def take(self, audio_s: float) -> Ticket:
         """Count a request in."""
-        self.requests += 1
-        self.audio_s += audio_s
+        self.count(1, audio_s)
         return Ticket(self, audio_s)
 
 
@@ -99,8 +125,7 @@ class Ticket:
 
     def measure(self, audio_s: float, *, clips: int = 1) -> None:
         """Correct what was assumed from a header: how much may wait or run, in how many clips."""
-        self._admission.audio_s += audio_s - self._audio_s
-        self._admission.requests += clips - self._clips
+        self._admission.count(clips - self._clips, audio_s - self._audio_s)
         self._audio_s, self._clips = audio_s, clips
 
     def give_back(self) -> None:

@@ -146,7 +146,7 @@ class ContinuousEngine:
             yield ticket
         finally:
             ticket.give_back()
-            if not self._admission.requests:
+            if self._admission.is_empty:
                 self._empty.set()
 
     async def submit(self, request: EngineRequest) -> EngineResult:
@@ -208,6 +208,7 @@ class ContinuousEngine:
             admitted_audio_s=self._admission.audio_s,
             queued=core.waiting if core else 0,
             running=core.running if core else 0,
+            running_audio_s=core.running_audio_s if core else 0.0,
             slots=core.runner.n_slots if core else 0,
             kv_cache_bytes=core.runner.kv_cache_bytes if core else 0,
             rtfx=self._admission.rate.rtfx,
@@ -217,7 +218,7 @@ class ContinuousEngine:
         for key, piece in outcome.pieces:
             if (entry := self._entries.get(key)) is not None:
                 entry.tell(piece)
-        finished = []
+        finished_s = 0.0
         for key, answer in outcome.answers:
             # Gone: its client has left meanwhile.
             if (entry := self._entries.pop(key, None)) is None:
@@ -225,10 +226,8 @@ class ContinuousEngine:
             entry.end(answer)
             # Silence took no work, and says nothing of how fast work is done.
             if not isinstance(answer, ServerError) and answer.batch_size:
-                finished.append(entry.request.audio_s)
-        self._admission.rate.record(
-            requests=len(finished), audio_s=sum(finished), busy_s=outcome.busy_s
-        )
+                finished_s += entry.request.audio_s
+        self._admission.rate.record(audio_s=finished_s, busy_s=outcome.busy_s)
 
     def _on_death(self, error: Exception) -> None:
         """Answer everybody; start again once."""

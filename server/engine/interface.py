@@ -130,6 +130,7 @@ class EngineStats:
         admitted_audio_s: their audio, seconds.
         queued: submitted, and not yet started.
         running: started, and not yet done.
+        running_audio_s: their audio, seconds.
         slots: that there are for running requests; a beam search takes one for every beam.
         kv_cache_bytes: memory of these.
         rtfx: seconds of audio finished in a second of work; None before the first.
@@ -140,6 +141,7 @@ class EngineStats:
     admitted_audio_s: float
     queued: int
     running: int
+    running_audio_s: float
     slots: int
     kv_cache_bytes: int
     rtfx: float | None

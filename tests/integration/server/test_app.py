@@ -277,8 +277,8 @@ class HeldEngine:
 
     def stats(self):
         return EngineStats(
-            alive=self.is_alive, admitted=0, admitted_audio_s=0.0, queued=0, running=0, slots=1,
-            kv_cache_bytes=0, rtfx=None,
+            alive=self.is_alive, admitted=0, admitted_audio_s=0.0, queued=0, running=0,
+            running_audio_s=0.0, slots=1, kv_cache_bytes=0, rtfx=None,
         )  # fmt: skip
 
 

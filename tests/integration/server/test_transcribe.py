@@ -324,8 +324,8 @@ class ScriptedEngine:
 
     def stats(self):
         return EngineStats(
-            alive=True, admitted=0, admitted_audio_s=0.0, queued=0, running=0, slots=1,
-            kv_cache_bytes=0, rtfx=None,
+            alive=True, admitted=0, admitted_audio_s=0.0, queued=0, running=0,
+            running_audio_s=0.0, slots=1, kv_cache_bytes=0, rtfx=None,
         )  # fmt: skip
 
 

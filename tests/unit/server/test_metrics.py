@@ -93,6 +93,7 @@ def test_gauges_show_the_engine_as_it_is_when_scraped():
         admitted_audio_s=20.5,
         queued=3,
         running=2,
+        running_audio_s=8.5,
         slots=8,
         kv_cache_bytes=2**20,
         rtfx=None,

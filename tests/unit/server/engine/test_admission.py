@@ -44,7 +44,7 @@ def test_a_length_that_was_assumed_is_corrected():
 
 def test_a_refusal_says_when_what_waits_will_be_done():
     admission = Admission(max_requests=10, max_audio_s=60.0)
-    admission.rate.record(requests=4, audio_s=20.0, busy_s=2.0)
+    admission.rate.record(audio_s=20.0, busy_s=2.0)
     admission.take(55.0)
     with pytest.raises(QueueFullError) as refusal:
         check(admission, 10.0)
@@ -53,10 +53,9 @@ def test_a_refusal_says_when_what_waits_will_be_done():
 
 def test_retry_after_follows_the_measured_rate_within_bounds():
     rate = DrainRate()
-    assert (rate.requests_per_s, rate.rtfx) == (None, None)
+    assert rate.rtfx is None
     assert rate.retry_after_s(100.0) == 1
-    rate.record(requests=4, audio_s=20.0, busy_s=2.0)
-    assert rate.requests_per_s == pytest.approx(2.0)
+    rate.record(audio_s=20.0, busy_s=2.0)
     assert rate.rtfx == pytest.approx(10.0)
     assert rate.retry_after_s(75.0) == 8
     assert rate.retry_after_s(0.0) == 1
@@ -65,7 +64,7 @@ def test_retry_after_follows_the_measured_rate_within_bounds():
 
 def test_the_rate_forgets_what_is_long_ago():
     rate = DrainRate()
-    rate.record(requests=1, audio_s=1000.0, busy_s=1.0)
+    rate.record(audio_s=1000.0, busy_s=1.0)
     for _ in range(300):
-        rate.record(requests=1, audio_s=5.0, busy_s=1.0)
+        rate.record(audio_s=5.0, busy_s=1.0)
     assert rate.rtfx == pytest.approx(5.0, rel=0.01)

@@ -1,0 +1,522 @@
+"""An engine in another process: a front end holds a `RemoteEngine`, an `EngineHost` serves it.
+
+    front end ── admit, submit, cancel ──> engine's process
+              <── pieces, answers, death ──
+
+A message is a pickle behind its length, and a waveform's bytes behind theirs. Both ends are
+processes of this program that were started with one end of a socket pair each; nobody else can
+write to it. What admission looks at lies in the shared board, so that a refusal asks nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import pickle
+import struct
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from server.engine.interface import EngineStats
+from server.errors import (
+    DeadlineExceededError,
+    InferenceFailedError,
+    NotReadyError,
+    ServerError,
+    ShuttingDownError,
+)
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
+
+    from server.board import Board
+    from server.engine.admission import Admission, Ticket
+    from server.engine.interface import Engine, EngineRequest, EngineResult, Piece
+
+_log = logging.getLogger(__name__)
+
+_LENGTHS = struct.Struct(">QQ")  # of the pickle and of the waveform, bytes
+_BUFFER_BYTES = 1 << 20
+_NOTHING = np.zeros(0, np.float32)
+_DEADLINE_GRACE_S = 10.0  # for the engine to say itself that it is over
+_POST_INTERVAL_S = 0.02  # of the engine's numbers on the board
+_METRICS_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Hello:
+    """What does not change once a model is loaded."""
+
+    max_audio_s: float
+    languages: tuple[str, ...]
+    context_templates: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """An answer, and the bytes of its tokens."""
+
+    result: EngineResult
+    token_bytes: dict[int, bytes]
+
+
+class _Channel:
+    """One end of the socket pair."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def over(cls, end: socket.socket) -> _Channel:
+        return cls(*await asyncio.open_unix_connection(sock=end, limit=_BUFFER_BYTES))
+
+    def send(self, kind: str, key: int, value: object = None) -> None:
+        self._write(pickle.dumps((kind, key, value)), b"")
+
+    async def send_waveform(self, kind: str, key: int, value: object, data: bytes) -> None:
+        self._write(pickle.dumps((kind, key, value)), data)
+        await self._writer.drain()
+
+    def _write(self, message: bytes, data: bytes) -> None:
+        if not self._writer.is_closing():
+            self._writer.writelines((_LENGTHS.pack(len(message), len(data)), message, data))
+
+    async def receive(self) -> tuple[str, int, Any, bytes]:
+        """Raises asyncio.IncompleteReadError or OSError where the other process is gone."""
+        message_bytes, data_bytes = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
+        message = await self._reader.readexactly(message_bytes)
+        kind, key, value = pickle.loads(message)  # noqa: S301 - from our own process
+        return kind, key, value, await self._reader.readexactly(data_bytes)
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """Who waits for an answer."""
+
+    answer: asyncio.Future[Any]
+    on_piece: Callable[[Piece], None] | None = None
+
+
+class RemoteEngine:
+    """Implements `Engine` in a front end."""
+
+    def __init__(
+        self,
+        end: socket.socket,
+        board: Board,
+        admission: Admission,
+        *,
+        own_metrics: Callable[[], bytes],
+    ) -> None:
+        """Prepare; `start` waits for the model.
+
+        Args:
+            end: of the socket pair; the engine's host holds the other.
+            board: shared with it and the other front ends.
+            admission: counts on the board.
+            own_metrics: of this process, in Prometheus' text format.
+        """
+        self._end = end
+        self._board = board
+        self._admission = admission
+        self._own_metrics = own_metrics
+        self._channel: _Channel | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._hello: _Hello | None = None
+        self._said_hello = asyncio.Event()
+        self._death: asyncio.Future[Exception] | None = None
+        self._waiting: dict[int, _Waiting] = {}
+        self._keys = itertools.count()
+        self._token_bytes: dict[int, bytes] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._draining = False
+
+    @property
+    def _known(self) -> _Hello:
+        if self._hello is None:
+            raise NotReadyError("the model is not loaded")
+        return self._hello
+
+    @property
+    def max_audio_s(self) -> float:
+        """Longest clip, seconds."""
+        return self._known.max_audio_s
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """What the checkpoint names."""
+        return self._known.languages
+
+    @property
+    def context_templates(self) -> frozenset[str]:
+        """What the checkpoint can make use of before the audio."""
+        return self._known.context_templates
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What each token of an answer that was given adds to its text."""
+        return [self._token_bytes[token_id] for token_id in token_ids]
+
+    async def start(self) -> None:
+        """Wait until the model is loaded in its process."""
+        self._death = asyncio.get_running_loop().create_future()
+        self._channel = await _Channel.over(self._end)
+        self._listening = asyncio.create_task(self._listen(self._channel))
+        hello = asyncio.ensure_future(self._said_hello.wait())
+        ends: list[asyncio.Future[Any]] = [hello, self._death]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hello.cancel()
+        if self._death.done():
+            raise self._death.result()
+
+    @contextlib.contextmanager
+    def admit(self, audio_s: float) -> Iterator[Ticket]:
+        """Hold a ticket."""
+        if self._draining:
+            raise ShuttingDownError("the server is shutting down")
+        posted = _Posted.read(self._board)
+        self._admission.rate.assume(posted.rtfx)
+        self._admission.check(
+            audio_s, running=posted.running, running_audio_s=posted.running_audio_s
+        )
+        ticket = self._admission.take(audio_s)
+        self._empty.clear()
+        try:
+            yield ticket
+        finally:
+            ticket.give_back()
+            if self._admission.is_empty:
+                self._empty.set()
+
+    async def submit(self, request: EngineRequest) -> EngineResult:
+        """Hand a clip over and wait for its transcript."""
+        channel = self._channel
+        if channel is None or not self.stats().alive:
+            raise NotReadyError("the engine is not running")
+        key, answer = next(self._keys), asyncio.get_running_loop().create_future()
+        self._waiting[key] = _Waiting(answer, request.on_piece)
+        streams = request.on_piece is not None
+        told = (replace(request, waveform=_NOTHING, on_piece=None), streams)
+        samples = np.ascontiguousarray(request.waveform, np.float32).tobytes()
+        patience_s = None
+        if request.deadline_s is not None:
+            patience_s = max(0.0, request.deadline_s - time.monotonic()) + _DEADLINE_GRACE_S
+        try:
+            async with asyncio.timeout(patience_s):
+                await channel.send_waveform("submit", key, told, samples)
+                answered: _Answer = await answer
+        except TimeoutError as error:
+            raise DeadlineExceededError("the engine did not answer in time") from error
+        except OSError as error:
+            raise InferenceFailedError("the engine has died") from error
+        finally:
+            # Still there: the client left, or it was refused from here.
+            if self._waiting.pop(key, None) is not None:
+                channel.send("cancel", key)
+        self._token_bytes |= answered.token_bytes
+        return answered.result
+
+    async def metrics(self) -> bytes:
+        """Series of all processes together, in Prometheus' text format.
+
+        Raises:
+            NotReadyError: the engine's process does not answer.
+        """
+        channel = self._channel
+        if channel is None:
+            return self._own_metrics()
+        key, answer = next(self._keys), asyncio.get_running_loop().create_future()
+        self._waiting[key] = _Waiting(answer)
+        channel.send("collect", key)
+        try:
+            async with asyncio.timeout(2 * _METRICS_TIMEOUT_S):
+                text: bytes = await answer
+        except TimeoutError as error:
+            raise NotReadyError("the engine's process does not answer") from error
+        finally:
+            self._waiting.pop(key, None)
+        return text
+
+    async def drain(self, timeout_s: float) -> None:
+        """Finish what is admitted here; after `timeout_s`, refuse the rest."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        self._refuse_all(ShuttingDownError("the server shut down before this request was done"))
+
+    async def stop(self) -> None:
+        """Let go of the engine; it lives on."""
+        self._draining = True
+        self._refuse_all(ShuttingDownError("the server is shutting down"))
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.wait([self._listening])
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def failed(self) -> Exception:
+        """Wait until the engine has died for good, and return why."""
+        if self._death is None:
+            raise NotReadyError("the engine has not been started")
+        return await asyncio.shield(self._death)
+
+    def stats(self) -> EngineStats:
+        """Return what is where, for all front ends together."""
+        posted = _Posted.read(self._board)
+        is_dead = self._death is None or self._death.done()
+        return EngineStats(
+            alive=posted.is_alive and not is_dead,
+            admitted=self._admission.requests,
+            admitted_audio_s=self._admission.audio_s,
+            queued=posted.queued,
+            running=posted.running,
+            running_audio_s=posted.running_audio_s,
+            slots=posted.slots,
+            kv_cache_bytes=posted.kv_cache_bytes,
+            rtfx=posted.rtfx,
+        )
+
+    async def _listen(self, channel: _Channel) -> None:
+        try:
+            while True:
+                kind, key, value, _ = await channel.receive()
+                self._hear(channel, kind, key, value)
+        except (asyncio.IncompleteReadError, OSError):
+            self._die(RuntimeError("the engine's process has ended"))
+        except Exception as error:  # noqa: BLE001 - nobody would hear the answers any more
+            self._die(error)
+
+    def _hear(self, channel: _Channel, kind: str, key: int, value: Any) -> None:  # noqa: ANN401
+        if kind == "hello":
+            self._hello = value
+            self._said_hello.set()
+        elif kind == "died":
+            self._die(RuntimeError(value))
+        elif kind == "collect":
+            channel.send("collected", key, self._own_metrics())
+        elif (waiting := self._waiting.get(key)) is None or waiting.answer.done():
+            pass  # its client has left meanwhile
+        elif kind == "piece":
+            self._tell(waiting, value)
+        elif isinstance(value, Exception):
+            del self._waiting[key]
+            waiting.answer.set_exception(value)
+        else:
+            del self._waiting[key]
+            waiting.answer.set_result(value)
+
+    @staticmethod
+    def _tell(waiting: _Waiting, piece: Piece) -> None:
+        if waiting.on_piece is None:
+            return
+        try:
+            waiting.on_piece(piece)
+        except Exception as error:  # noqa: BLE001 - it ends the listener's own request
+            waiting.answer.set_exception(error)
+
+    def _die(self, error: Exception) -> None:
+        if self._death is not None and not self._death.done():
+            self._death.set_result(error)
+        self._refuse_all(InferenceFailedError("the engine has died"))
+
+    def _refuse_all(self, error: ServerError) -> None:
+        for waiting in self._waiting.values():
+            if not waiting.answer.done():
+                waiting.answer.set_exception(error)
+
+
+class EngineHost:
+    """Serves one engine to front ends."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        board: Board,
+        *,
+        own_metrics: Callable[[], bytes],
+        merge_metrics: Callable[[Sequence[bytes], Sequence[bytes]], bytes],
+    ) -> None:
+        """Prepare; `start` loads.
+
+        Args:
+            engine: not started yet.
+            board: shared with the front ends.
+            own_metrics: of this process, in Prometheus' text format.
+            merge_metrics: makes one text of those of processes that live and of some that ended.
+        """
+        self._engine = engine
+        self._board = board
+        self._own_metrics = own_metrics
+        self._merge_metrics = merge_metrics
+        self._channels: dict[_Channel, bytes] = {}
+        """Of the front ends, and the metrics that each was last seen with."""
+        self._ended: list[bytes] = []
+        self._hello: _Hello | None = None
+        self._replies: dict[int, asyncio.Future[bytes]] = {}
+        self._keys = itertools.count()
+        self._posting: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Load the model, and tell the front ends of it, or of why it cannot be."""
+        self._posting = asyncio.create_task(self._post())
+        try:
+            await self._engine.start()
+        except Exception as error:
+            self.die(error)
+            raise
+        engine = self._engine
+        self._hello = _Hello(engine.max_audio_s, engine.languages, engine.context_templates)
+        self._post_once()
+        for channel in self._channels:
+            channel.send("hello", 0, self._hello)
+
+    def die(self, error: Exception) -> None:
+        """Tell the front ends that there will be no engine any more."""
+        for channel in self._channels:
+            channel.send("died", 0, str(error))
+
+    async def stop(self) -> None:
+        """End the engine."""
+        if self._posting is not None:
+            self._posting.cancel()
+            await asyncio.wait([self._posting])
+        await self._engine.stop()
+
+    async def serve(self, end: socket.socket) -> None:
+        """Serve one front end until it goes; what it waited for is cancelled then."""
+        channel = await _Channel.over(end)
+        self._channels[channel] = b""
+        if self._hello is not None:
+            channel.send("hello", 0, self._hello)
+        tasks: dict[int, asyncio.Task[None]] = {}
+        try:
+            while True:
+                kind, key, value, data = await channel.receive()
+                if kind == "cancel":
+                    if (task := tasks.get(key)) is not None:
+                        task.cancel()
+                elif kind == "collected":
+                    if (reply := self._replies.get(key)) is not None and not reply.done():
+                        reply.set_result(value)
+                elif kind == "collect":
+                    self._begin(tasks, key, self._collect(channel, key))
+                else:
+                    self._begin(tasks, key, self._answer(channel, key, value, data))
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
+            # What it counted stays counted, or sums over all processes would go down.
+            self._ended = [self._merge_metrics([], [*self._ended, self._channels.pop(channel)])]
+            ending = list(tasks.values())
+            for task in ending:
+                task.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
+            await channel.close()
+
+    @staticmethod
+    def _begin(
+        tasks: dict[int, asyncio.Task[None]], key: int, work: Coroutine[None, None, None]
+    ) -> None:
+        tasks[key] = task = asyncio.create_task(work)
+        task.add_done_callback(lambda _: tasks.pop(key, None))
+
+    async def _answer(
+        self, channel: _Channel, key: int, told: tuple[EngineRequest, bool], data: bytes
+    ) -> None:
+        request, streams = told
+        waveform = np.frombuffer(data, np.float32).copy()  # writable, as torch wants it
+
+        def tell(piece: Piece) -> None:
+            channel.send("piece", key, piece)
+
+        try:
+            result = await self._engine.submit(
+                replace(request, waveform=waveform, on_piece=tell if streams else None)
+            )
+        except ServerError as error:
+            channel.send("answer", key, error)
+        except Exception:  # noqa: BLE001 - the front end must not wait for ever
+            _log.exception("the engine raised what it should not")
+            channel.send("answer", key, InferenceFailedError("the model failed on this audio"))
+        else:
+            ids = sorted(set(result.token_ids))
+            spelt = dict(zip(ids, self._engine.token_bytes(ids), strict=True))
+            channel.send("answer", key, _Answer(result, spelt))
+
+    async def _collect(self, channel: _Channel, key: int) -> None:
+        """Gather the metrics of all processes; one that does not answer in time is as last seen."""
+        asked: dict[_Channel, asyncio.Future[bytes]] = {}
+        numbers = []
+        for each in self._channels:
+            number = next(self._keys)
+            numbers.append(number)
+            asked[each] = self._replies[number] = asyncio.get_running_loop().create_future()
+            each.send("collect", number)
+        try:
+            await asyncio.wait(asked.values(), timeout=_METRICS_TIMEOUT_S)
+        finally:
+            for number in numbers:
+                del self._replies[number]
+        for each, reply in asked.items():
+            if reply.done() and each in self._channels:
+                self._channels[each] = reply.result()
+        living = [self._own_metrics(), *self._channels.values()]
+        channel.send("answer", key, self._merge_metrics(living, self._ended))
+
+    async def _post(self) -> None:
+        while True:
+            self._post_once()
+            await asyncio.sleep(_POST_INTERVAL_S)
+
+    def _post_once(self) -> None:
+        _Posted.of(self._engine.stats()).write(self._board)
+
+
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    """The engine's numbers on the board."""
+
+    is_alive: bool
+    queued: int
+    running: int
+    running_audio_s: float
+    slots: int
+    kv_cache_bytes: int
+    rtfx: float | None
+
+    @classmethod
+    def of(cls, stats: EngineStats) -> _Posted:
+        return cls(
+            stats.alive, stats.queued, stats.running, stats.running_audio_s, stats.slots,
+            stats.kv_cache_bytes, stats.rtfx,
+        )  # fmt: skip
+
+    def write(self, board: Board) -> None:
+        rtfx = math.nan if self.rtfx is None else self.rtfx
+        board.engine[:7] = (
+            self.is_alive, self.queued, self.running, self.running_audio_s, self.slots,
+            self.kv_cache_bytes, rtfx,
+        )  # fmt: skip
+
+    @classmethod
+    def read(cls, board: Board) -> _Posted:
+        alive, queued, running, running_audio_s, slots, kv, rtfx = board.engine[:7].tolist()
+        return cls(
+            bool(alive), int(queued), int(running), running_audio_s, int(slots), int(kv),
+            None if math.isnan(rtfx) else rtfx,
+        )  # fmt: skip
