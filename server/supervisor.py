@@ -20,7 +20,6 @@ from server.app import build_engine
 from server.board import Board
 from server.engine.remote import EngineHost
 from server.front_end import Orders
-from server.keys import KeyRing
 from server.metrics import Metrics, merge_metrics
 
 if TYPE_CHECKING:
@@ -34,23 +33,18 @@ _RESTART_PAUSE_S = 1.0
 _END_GRACE_S = 15.0  # beyond the drain, for connections to close and processes to end
 
 
-async def supervise(settings: Settings, listener: socket.socket) -> Exception | None:
+async def supervise(settings: Settings, listener: socket.socket, *, keys: int) -> Exception | None:
     """Serve until a signal or until the engine has failed.
 
     Args:
         settings: with more than one front end.
         listener: bound.
+        keys: whose use is counted.
 
     Returns:
         Why the engine failed, None after a signal.
-
-    Raises:
-        SettingError: an API key is malformed, or the file of API keys cannot be read.
     """
-    owners = len(
-        KeyRing.from_settings(settings.api_keys.get_secret_value(), settings.api_keys_file).owners
-    )
-    board = Board.create(settings.front_ends, owners)
+    board = Board.create(settings.front_ends, keys)
     metrics = Metrics()
     engine = build_engine(settings, metrics)
     host = EngineHost(engine, board, own_metrics=metrics.render, merge_metrics=merge_metrics)

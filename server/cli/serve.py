@@ -109,13 +109,14 @@ def _serve_alone(settings: Settings, listener: socket.socket) -> Exception | Non
 
 def _serve_together(settings: Settings, listener: socket.socket) -> Exception | None:
     """Run the engine in this process, and front ends in others."""
+    from server.keys import KeyRing
     from server.preflight import check_model_settings
     from server.supervisor import supervise
 
     check_model_settings(settings)
-    listener.listen()
+    keys = KeyRing.from_settings(settings.api_keys.get_secret_value(), settings.api_keys_file)
     _announce(settings, listener)
-    return asyncio.run(supervise(settings, listener))
+    return asyncio.run(supervise(settings, listener, keys=len(keys.owners)))
 
 
 def _warn_of_variables(settings: Settings) -> None:
