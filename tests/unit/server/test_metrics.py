@@ -1,7 +1,7 @@
 import pytest
 
 from server.engine.interface import EngineResult, EngineStats, IterationReport, StartReport
-from server.metrics import Metrics
+from server.metrics import Metrics, merge_metrics
 
 
 def result(text="hello", finish_reason="stop"):
@@ -120,3 +120,45 @@ def test_padding_that_rounding_puts_below_zero_is_none():
         IterationReport(start_sizes=[6], audio_s=14.88, padded_audio_s=14.879999999999999)
     )
     assert sample(metrics, "speechllm_padding_seconds_total") == 0
+
+
+def value(text, line):
+    (found,) = [each for each in text.decode().splitlines() if each.startswith(line + " ")]
+    return float(found.split()[-1])
+
+
+def test_metrics_of_several_processes_add_up_but_for_what_they_share():
+    processes = [Metrics(), Metrics()]
+    stats = EngineStats(
+        alive=True, admitted=5, admitted_audio_s=20.5, queued=3, running=2, running_audio_s=8.5,
+        slots=8, kv_cache_bytes=2**20, rtfx=4.0,
+    )  # fmt: skip
+    for number, metrics in enumerate(processes, start=1):
+        metrics.watch(lambda: stats, lambda number=number: number == 1)
+        metrics.request_started()
+        for _ in range(number):
+            metrics.transcribed(4.0, [result()], {"total": 0.5})
+    both = merge_metrics([metrics.render() for metrics in processes])
+    assert value(both, "speechllm_clip_seconds_count") == 3
+    assert value(both, 'speechllm_clip_seconds_bucket{le="5.0"}') == 3
+    assert value(both, 'speechllm_transcripts_total{outcome="stop"}') == 3
+    assert value(both, "speechllm_requests_in_flight") == 2
+    assert value(both, "speechllm_kv_slots") == 8
+    assert value(both, "speechllm_ready") == 0, "one of them takes none"
+    starts = [value(each.render(), "process_start_time_seconds") for each in processes]
+    assert value(both, "process_start_time_seconds") == min(starts)
+    names = [
+        {line.split(" ")[0] for line in text.decode().splitlines() if not line.startswith("#")}
+        for text in (both, processes[0].render())
+    ]
+    assert names[0] == names[1]
+
+
+def test_what_a_process_that_ended_has_counted_stays():
+    living, ended = Metrics(), Metrics()
+    for metrics in (living, ended):
+        metrics.request_started()
+        metrics.refused("queue_full")
+    text = merge_metrics([living.render()], [merge_metrics([], [ended.render()])])
+    assert value(text, 'speechllm_requests_refused_total{code="queue_full"}') == 2
+    assert value(text, "speechllm_requests_in_flight") == 1

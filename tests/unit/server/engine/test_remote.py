@@ -1,0 +1,229 @@
+"""An engine in another process, here over a socket pair within one."""
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from model.transcription import Transcriber
+from server.board import Board, Seat
+from server.engine.admission import Admission
+from server.engine.continuous import ContinuousEngine
+from server.engine.decoding import Decoding
+from server.engine.interface import NO_GUARDS, EngineRequest
+from server.engine.remote import EngineHost, RemoteEngine
+from server.engine.runner import SpeechRunner
+from server.engine.scheduler import ScheduleLimits
+from server.errors import (
+    InferenceFailedError,
+    InvalidRequestError,
+    NotReadyError,
+    QueueFullError,
+    ShuttingDownError,
+)
+from server.metrics import merge_metrics
+from tests.faulty_runner import FaultyRunner
+from tests.speech_models import generate_alone, noise
+
+pytestmark = pytest.mark.anyio
+
+CLIPS = [noise(seconds, seed) for seed, seconds in enumerate((0.3, 2.9, 1.1, 4.0))]
+LONG = noise(30.0, 9)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint):
+    return Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def runner(tiny):
+    return FaultyRunner(SpeechRunner(tiny, max_slots=4))
+
+
+def request(waveform, **fields):
+    return EngineRequest("test", waveform, waveform.size / 16_000, **fields)
+
+
+class Server:
+    """A host, and as many front ends' engines as are asked for."""
+
+    def __init__(self, load, front_ends=2, max_requests=8):
+        self.board = Board.create(front_ends, 1)
+        own = Admission(max_requests=1, max_audio_s=1.0)
+        self.engine = ContinuousEngine(
+            load, ScheduleLimits(max_batch_size=4), own, guards=NO_GUARDS
+        )
+        self.host = EngineHost(
+            self.engine, self.board, own_metrics=lambda: text_of(100), merge_metrics=merge_metrics
+        )
+        self.remotes, self.serving = [], []
+        for place in range(front_ends):
+            ours, theirs = socket.socketpair()
+            seat = Seat(self.board, place)
+            admission = Admission(
+                max_requests=max_requests,
+                max_audio_s=1000.0,
+                requests=seat.tally("requests"),
+                audio_s=seat.tally("audio_s"),
+            )
+            own = text_of(place + 1)
+            self.remotes.append(
+                RemoteEngine(theirs, self.board, admission, own_metrics=lambda own=own: own)
+            )
+            self.serving.append(asyncio.create_task(self.host.serve(ours)))
+
+    async def start(self):
+        async with asyncio.TaskGroup() as group:
+            for each in (*self.remotes, self.host):
+                group.create_task(each.start())
+
+    async def stop(self):
+        for remote in self.remotes:
+            await remote.stop()
+        await asyncio.gather(*self.serving)
+        await self.host.stop()
+
+
+def text_of(count):
+    """Metrics of a process that has counted so much."""
+    return f"# TYPE work counter\nwork_total {count}\n".encode()
+
+
+@asynccontextmanager
+async def serving(runner, **options):
+    server = Server(lambda: runner, **options)
+    await server.start()
+    try:
+        yield server
+    finally:
+        runner.gate.set()
+        await server.stop()
+
+
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - a state of the engine, no event
+            await asyncio.sleep(0.001)
+
+
+async def test_every_front_end_gets_its_own_answers(tiny, runner):
+    async with serving(runner) as server:
+        asked = [(remote, clip) for clip in CLIPS for remote in server.remotes]
+        results = await asyncio.gather(*(each.submit(request(clip)) for each, clip in asked))
+        expected = [generate_alone(tiny, clip) for _, clip in asked]
+        assert [list(result.token_ids) for result in results] == expected
+        for (remote, _), result in zip(asked, results, strict=True):
+            spelt = remote.token_bytes(result.token_ids)
+            assert spelt == server.engine.token_bytes(result.token_ids)
+        for remote in server.remotes:
+            assert remote.max_audio_s == server.engine.max_audio_s
+            assert remote.languages == server.engine.languages
+            assert remote.context_templates == server.engine.context_templates
+
+
+async def test_pieces_come_before_the_answer(runner):
+    async with serving(runner) as server:
+        pieces = []
+        result = await server.remotes[0].submit(request(CLIPS[3], on_piece=pieces.append))
+        assert "".join(piece.text for piece in pieces) == result.text
+        assert [p.token.id for p in pieces][: len(result.token_ids)] == list(result.token_ids)
+
+        def refuse(_piece):
+            raise RuntimeError("the listener is gone")
+
+        with pytest.raises(RuntimeError, match="the listener is gone"):
+            await server.remotes[0].submit(request(CLIPS[3], on_piece=refuse))
+        await until(lambda: server.engine.stats().running == 0)
+
+
+async def test_a_refusal_keeps_its_kind_and_its_reason(runner):
+    async with serving(runner) as server:
+        with pytest.raises(InvalidRequestError) as refused:
+            await server.remotes[0].submit(request(CLIPS[0], prompt="word " * 5000))
+        assert refused.value.message
+        assert refused.value.param == "prompt"
+
+
+async def test_who_leaves_frees_a_slot_and_so_does_a_front_end(runner):
+    async with serving(runner) as server:
+        first, second = server.remotes
+        leaving = asyncio.create_task(first.submit(request(LONG)))
+        await until(lambda: server.engine.stats().running == 1)
+        leaving.cancel()
+        await until(lambda: server.engine.stats().running == 0)
+        left = asyncio.create_task(first.submit(request(LONG)))
+        await until(lambda: server.engine.stats().running == 1)
+        first._channel._writer.transport.abort()  # as if its process had died
+        await until(lambda: server.engine.stats().running == 0)
+        with pytest.raises(InferenceFailedError):
+            await left
+        assert (await second.submit(request(CLIPS[0]))).token_ids
+
+
+async def test_admission_sees_what_others_have_taken_on(runner):
+    async with serving(runner, max_requests=3) as server:
+        first, second = server.remotes
+        with first.admit(1.0), first.admit(1.0), second.admit(2.0) as ticket:
+            assert first.stats().admitted == second.stats().admitted == 3
+            assert first.stats().admitted_audio_s == 4.0
+            for each in (first, second):
+                with pytest.raises(QueueFullError), each.admit(1.0):
+                    pass
+            ticket.give_back()
+            with first.admit(1.0):
+                pass
+        server.board.clear(0)
+        assert second.stats().admitted == 0
+        await second.drain(1.0)
+        with pytest.raises(ShuttingDownError), second.admit(1.0):
+            pass
+        with first.admit(1.0):  # the other goes on
+            pass
+
+
+async def test_metrics_are_gathered_from_all_and_what_was_counted_stays(runner):
+    async with serving(runner) as server:
+        for each in server.remotes:
+            assert b"work_total 103.0" in await each.metrics()
+        server.remotes[0]._channel._writer.transport.abort()
+        await server.serving[0]
+        assert b"work_total 103.0" in await server.remotes[1].metrics()
+
+
+async def test_without_its_engine_a_front_end_knows_why(runner):
+    async with serving(runner) as server:
+        asked = asyncio.create_task(server.remotes[0].submit(request(LONG)))
+        await until(lambda: server.engine.stats().running == 1)
+        server.host.die(RuntimeError("the device is gone"))
+        with pytest.raises(InferenceFailedError):
+            await asked
+        for each in server.remotes:
+            assert str(await each.failed()) == "the device is gone"
+            assert not each.stats().alive
+            with pytest.raises(NotReadyError):
+                await each.submit(request(CLIPS[0]))
+
+
+async def test_a_model_that_cannot_be_loaded_is_told_to_all():
+    def load():
+        raise ValueError("no such weights")
+
+    server = Server(load)
+    results = await asyncio.gather(
+        *(each.start() for each in (*server.remotes, server.host)), return_exceptions=True
+    )
+    assert [str(result) for result in results] == ["no such weights"] * 3
+    await server.stop()
+
+
+async def test_sampling_goes_with_the_request(runner):
+    async with serving(runner) as server:
+        decoding = Decoding(temperature=1.0, seed=7, logprobs=True)
+        clip = request(CLIPS[1], decoding=decoding)
+        here = await server.engine.submit(clip)
+        there = await server.remotes[0].submit(clip)
+        assert there.token_ids == here.token_ids
+        np.testing.assert_allclose(there.logprobs, here.logprobs, rtol=1e-5)
