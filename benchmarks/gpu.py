@@ -4,15 +4,17 @@
 
 Shape, precision and clips are those of the figures to reach: Qwen2.5-0.5B's shape behind
 whisper-tiny's encoder, bf16, clips of 8 s, 3 tokens a second. The rooflines are what this GPU
-reads and multiplies by measurement, not by its data sheet.
+reads and multiplies by measurement, not by its data sheet. One front end cannot feed a GPU: each
+number of them is a server of its own.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -23,11 +25,16 @@ from benchmarks.decode_step import (
     LinearLayers,
     measure,
 )
-from benchmarks.load import Measurement, make_clips, run_clients
+from benchmarks.load import Measurement, make_clips, run_client_processes, run_clients
 from benchmarks.report import describe_machine, markdown_table
 from benchmarks.servers import our_server
 from benchmarks.shapes import Shape, make_checkpoint
 from model.transcription import Transcriber
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.load import Clip
 
 CLIP_S = 8.0
 TOKENS_PER_AUDIO_S = 3.0
@@ -74,10 +81,29 @@ def measure_steps(transcriber: Transcriber, rows: int) -> tuple[float, float]:
     return 1000 * step_s, roofline_share(step_s, read_s, operations, per_s)
 
 
+def measure_server(url: str, clips: Sequence[Clip], front_ends: int) -> list[list[str]]:
+    """RTFx with more and more clients, which take no more than half of the cores."""
+    rows = []
+    run_clients(url, clips, len(clips), Measurement("warm-up"))
+    most = max(1, (os.cpu_count() or 1) // 2)
+    for clients, aim in RTFX_TO_REACH.items():
+        measurement = Measurement(f"{clients} clients")
+        posted = (list(clips) * CLIPS_PER_CLIENT)[: clients * CLIPS_PER_CLIENT]
+        run_client_processes(url, posted, clients, min(clients, most), measurement)
+        name = (
+            f"clips of {CLIP_S:g} s over HTTP, front ends: {front_ends}, clients: {clients}, RTFx"
+        )
+        rows.append([name, f"{measurement.rtfx:.0f}", f"{aim:.0f}"])
+        if measurement.errors:
+            rows[-1][0] += f" ({measurement.errors} failed)"
+    return rows
+
+
 def main(
     shape: Annotated[Shape, typer.Option(help="Model; see benchmarks/shapes.py.")] = "0.5b",
     device: Annotated[str, typer.Option()] = "cuda",
     dtype: Annotated[str, typer.Option()] = "bf16",
+    front_ends: Annotated[str, typer.Option(help="Numbers of them, each a server.")] = "1,6",
 ) -> None:
     """Measure decode steps, then the server."""
     rows = []
@@ -92,15 +118,13 @@ def main(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the server is another process
         slots = max(RTFX_TO_REACH)
-        with our_server(model, device, dtype, 0, max_batch_size=slots) as server:
-            clips = make_clips([], slots, shortest_s=CLIP_S, longest_s=CLIP_S)
-            run_clients(server.url, clips, slots, Measurement("warm-up"))
-            for clients, aim in RTFX_TO_REACH.items():
-                measurement = Measurement(f"{clients} clients")
-                posted = (clips * CLIPS_PER_CLIENT)[: clients * CLIPS_PER_CLIENT]
-                run_clients(server.url, posted, clients, measurement)
-                name = f"clips of {CLIP_S:g} s over HTTP, clients: {clients}, RTFx"
-                rows.append([name, f"{measurement.rtfx:.0f}", f"{aim:.0f}"])
+        clips = make_clips([], slots, shortest_s=CLIP_S, longest_s=CLIP_S)
+        for count in map(int, front_ends.split(",")):
+            options = ["--front-ends", str(count), "--decode-workers", str(os.cpu_count() or 1)]
+            with our_server(
+                model, device, dtype, 0, max_batch_size=slots, options=options
+            ) as server:
+                rows += measure_server(server.url, clips, count)
     print(markdown_table(["", "measured", "to reach"], rows))  # noqa: T201 - the command's answer
     print(describe_machine())  # noqa: T201 - the command's answer
 

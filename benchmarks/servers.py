@@ -77,7 +77,13 @@ def plain_server(model: Path, device: str, options: Sequence[str]) -> Iterator[S
 
 @contextlib.contextmanager
 def our_server(
-    model: Path, device: str, dtype: str, threads: int, *, max_batch_size: int = 32
+    model: Path,
+    device: str,
+    dtype: str,
+    threads: int,
+    *,
+    max_batch_size: int = 32,
+    options: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Run `speechllm serve`; yield it once it is ready."""
     port = _free_port()
@@ -89,7 +95,7 @@ def our_server(
     command += ["--max-queue-audio-s", str(max(1800, 60 * max_batch_size))]
     command += ["--max-uploads", str(max(128, 2 * max_batch_size))]
     # Random weights repeat themselves, and must not be cut for it.
-    command += ["--loop-guard", "false", "--cuda-graphs", "true"]
+    command += ["--loop-guard", "false", "--cuda-graphs", "true", *options]
     with _process(command, port, "/health/ready") as server:
         yield server
 

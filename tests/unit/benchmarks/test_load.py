@@ -19,6 +19,7 @@ from benchmarks.load import (
     Measurement,
     make_clips,
     read_recordings,
+    run_client_processes,
     run_clients,
     to_wav,
     watch_health,
@@ -88,6 +89,15 @@ def url():
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join()
+
+
+def test_clients_in_several_processes_post_every_clip_once(url: str) -> None:
+    clips = [Clip(np.zeros(size, np.float32), to_wav(np.zeros(size))) for size in (800, 8000, 9600)]
+    measurement = Measurement("server")
+    run_client_processes(url, clips, 2, 2, measurement)
+    assert (measurement.errors, len(measurement.latencies_s)) == (1, 2)
+    assert measurement.audio_s == pytest.approx(1.1)
+    assert measurement.wall_s > 0
 
 
 def test_clients_post_every_clip_once_and_count_what_fails(url: str) -> None:
