@@ -152,12 +152,18 @@ class _FrontEnds:
             )  # fmt: skip
         self._processes.add(process)
         serving = asyncio.create_task(self._host.serve(ours))
+        if self._ending.is_set():
+            process.terminate()
         try:
-            if self._ending.is_set():
-                process.terminate()
-            with contextlib.suppress(OSError):
-                await process.communicate(pickle.dumps(orders))
+            if process.stdin is not None:
+                process.stdin.write(pickle.dumps(orders))
+                process.stdin.close()
             await serving  # until the other end is closed
+        except Exception:  # noqa: BLE001 - what came is no message
+            _log.exception("front end %d can no longer be served", place)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
         finally:
+            status = await process.wait()
             self._processes.discard(process)
-        return await process.wait()
+        return status

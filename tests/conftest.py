@@ -11,6 +11,7 @@ from hypothesis import settings
 # Before torch is loaded: with models as small as the tests', threads take longer to wait for each
 # other than to compute, the more so on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("SPEECHLLM_CPU_THREADS", "1")
 
 # An example's wall time says more of the machine's load than of the code.
 settings.register_profile("speechllm", deadline=None)

@@ -113,6 +113,8 @@ def _serve_together(settings: Settings, listener: socket.socket) -> Exception | 
     from server.preflight import check_model_settings
     from server.supervisor import supervise
 
+    if not hasattr(os, "memfd_create"):
+        raise SettingError("front_ends", "more than one needs Linux")
     check_model_settings(settings)
     keys = KeyRing.from_settings(settings.api_keys.get_secret_value(), settings.api_keys_file)
     _announce(settings, listener)
