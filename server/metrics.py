@@ -175,6 +175,7 @@ class Metrics:
         """Read these gauges from the engine whenever they are scraped."""
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "speechllm_ready": ("1 while requests are taken.", lambda: float(is_ready())),
+            "speechllm_front_ends": ("Processes that take in requests.", lambda: 1.0),
             "speechllm_requests_admitted": (
                 "Requests that are taken on: decoding, waiting or running.",
                 lambda: stats().admitted,

@@ -54,17 +54,15 @@ def anew(client):
 
 
 def until_all_are_up(process, client):
-    """Wait until nobody who is asked says that the model is loading."""
+    """Wait until both front ends live and take requests, each of which is asked by the other."""
     pause = threading.Event()
-    in_a_row = 0
     for _ in range(1200):
         try:
             with anew(client) as each:
-                is_ready = each.get("/health/ready").status_code == 200
+                counts = [metric(each, f"speechllm_{name}") for name in ("front_ends", "ready")]
         except httpx.TransportError:
-            is_ready = False
-        in_a_row = in_a_row + 1 if is_ready else 0
-        if in_a_row == 20 and len(children(process)) == 2:
+            counts = []
+        if counts == [2, 1]:
             return
         pause.wait(0.05)
     pytest.fail("the front ends did not become ready:\n" + "".join(process.log))
