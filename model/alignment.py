@@ -136,14 +136,16 @@ def word_spans(
     texts, placed = [], []
     for match in re.finditer(r"\S+", text):
         own = [
-            span
+            (any(map(str.isalnum, text[start:end])), span)
             for (start, end), span in zip(offsets, spans, strict=True)
             if start < match.end() and end > match.start()
         ]
         if own:
-            heard = [span for span in own if span is not None]
+            heard = [span for _, span in own if span is not None]
+            # A comma is heard in the pause behind its word, and would lengthen the word by it.
+            said = [span for is_said, span in own if is_said and span is not None] or heard
             texts.append(match.group())
-            placed.append((heard[0][0], heard[-1][1]) if heard else None)
+            placed.append((said[0][0], said[-1][1]) if said else None)
     between = _fill_gaps(placed, n_frames)
     return [WordSpan(word, *span) for word, span in zip(texts, between, strict=True)]
 

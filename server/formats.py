@@ -10,6 +10,7 @@ the W3C's (section 4); TSV is what openai/whisper writes.
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _MAX_CUE_CHARACTERS = 84  # two lines of 42, the usual limit for subtitles
 _MAX_CUE_S = 7.0
+_PAUSE_S = 0.8  # between two words, where one cue ends and another begins
 _SEEK_PER_S = 100  # Whisper counts in frames of 10 ms
 # Ends of sentences after which a cue may end early; a cue of fewer characters goes on.
 _SENTENCE_ENDS = (".", "!", "?", "…", "。", "！", "？")
@@ -104,10 +106,15 @@ def cues(transcription: Transcription) -> Iterator[Cue]:
     for segment in transcription.segments:
         for start_s, end_s, text in _cut(segment):
             # One line each: a blank one would end a cue, and some controls are line ends to some.
-            line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+            line = " ".join("".join(" " if _ends_lines(c) else c for c in text).split())
             start_ms = max(0, round(1000 * start_s))
             if line:
                 yield Cue(start_ms, max(start_ms, round(1000 * end_s)), line)
+
+
+def _ends_lines(character: str) -> bool:
+    """Whether it is a control, or a separator of lines; joiners are part of words."""
+    return unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"}
 
 
 def _cut(segment: Segment) -> Iterator[tuple[float, float, str]]:
@@ -120,7 +127,9 @@ def _cut(segment: Segment) -> Iterator[tuple[float, float, str]]:
     for i, (word, begin, end) in enumerate(places):
         first_word, first_begin, _ = places[first]
         length, lasts_s = end - first_begin, word.end_s - first_word.start_s
-        if i > first and (length > _MAX_CUE_CHARACTERS or lasts_s > _MAX_CUE_S):
+        pause_s = word.start_s - places[i - 1][0].end_s if i > first else 0.0
+        is_full = length > _MAX_CUE_CHARACTERS or lasts_s > _MAX_CUE_S
+        if i > first and (is_full or pause_s > _PAUSE_S):
             yield first_word.start_s, places[i - 1][0].end_s, segment.text[first_begin:begin]
             first = i
         elif _ends_sentence(segment.text[first_begin:end]) and i + 1 < len(places):

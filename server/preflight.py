@@ -9,12 +9,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from server.settings import SettingError
-
-if TYPE_CHECKING:
-    from server.settings import Settings
+from server.settings import SettingError, Settings
 
 MODEL_TYPE = "speech_llm"
 """In a checkpoint's `config.json`; the model's own constant would bring torch along."""
@@ -42,6 +38,12 @@ def _check_model(model: str) -> None:
         raise SettingError("model", f"{model}: {error}") from error
     if is_folder:
         _check_checkpoint(folder / "config.json")
+    elif model == Settings.model_fields["model"].default:
+        raise SettingError(
+            "model", f"there is no folder {model} here: name one, or run this where the project is"
+        )
+    elif folder.exists():
+        raise SettingError("model", f"{model} is no folder")
     elif not _HUB_ID.fullmatch(model):
         raise SettingError("model", f"there is no folder {model}")
 

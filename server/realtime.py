@@ -217,6 +217,7 @@ class _Item:
     Attributes:
         id: names it to the client.
         began_s: monotonic time at which it was noticed.
+        config: what the client had set when it ended, or now while it goes on.
         text: what it says, as far as that is known.
         audio_s: of its complete pieces.
         results: of these.
@@ -228,6 +229,7 @@ class _Item:
 
     id: str
     began_s: float
+    config: SessionConfig
     text: GrowingText = field(default_factory=GrowingText)
     audio_s: float = 0.0
     results: list[EngineResult] = field(default_factory=list)
@@ -428,10 +430,11 @@ class RealtimeSession:
 
     def clear(self) -> None:
         """Forget what was not committed."""
-        self._heard += len(self._pcm.finish())
+        tail_samples = len(self._pcm.finish())
+        self._heard += tail_samples
         self._buffer = []
         if self._finder is not None:
-            self._finder.clear()
+            self._finder.clear(tail_samples)
         if self._item is not None:
             self._item.is_dropped = True
             self._item = None
@@ -464,11 +467,12 @@ class RealtimeSession:
             self._enqueue(_Piece(item, event.waveform, event.is_cut))
 
     def _new_item(self) -> _Item:
-        return _Item(f"item_{uuid.uuid4().hex[:20]}", time.monotonic())
+        return _Item(f"item_{uuid.uuid4().hex[:20]}", time.monotonic(), self.config)
 
     def _commit(self, item: _Item) -> None:
         item.previous_id, self._last_id = self._last_id, item.id
         item.ended_s = time.monotonic()
+        item.config = self.config
         self._emit(Committed(item.id, item.previous_id))
 
     def _enqueue(self, job: _Job) -> None:
@@ -511,7 +515,7 @@ class RealtimeSession:
 
     async def _grow(self, item: _Item, waveform: NDArray[np.float32]) -> None:
         """Transcribe an open piece; without an answer, its next length will do."""
-        request = self._request(waveform)
+        request = self._request(item, waveform)
         try:
             with self._engine.admit(request.audio_s):
                 self._growing = asyncio.create_task(self._engine.submit(request))
@@ -549,7 +553,7 @@ class RealtimeSession:
         self, item: _Item, waveform: NDArray[np.float32], *, is_cut: bool = False
     ) -> None:
         self._running_samples = max(self._running_samples, len(waveform))
-        request = self._request(waveform)
+        request = self._request(item, waveform)
         async with self._charge(request.audio_s):
             self._ticket.measure(request.audio_s)
             try:
@@ -560,15 +564,15 @@ class RealtimeSession:
         item.results.append(result)
         self._tell(item, item.text.finish(result.text, is_cut=is_cut))
 
-    def _request(self, waveform: NDArray[np.float32]) -> EngineRequest:
+    def _request(self, item: _Item, waveform: NDArray[np.float32]) -> EngineRequest:
         self._n_requests += 1
         return EngineRequest(
             id=f"{self._id}/{self._n_requests}",
             waveform=waveform,
             audio_s=len(waveform) / SAMPLE_RATE_HZ,
             deadline_s=time.monotonic() + self._limits.request_timeout_s,
-            prompt=self.config.prompt,
-            decoding=_WITH_LOGPROBS if self.config.logprobs else GREEDY,
+            prompt=item.config.prompt,
+            decoding=_WITH_LOGPROBS if item.config.logprobs else GREEDY,
         )
 
     def _tell(self, item: _Item, text: str) -> None:
@@ -589,9 +593,9 @@ class RealtimeSession:
         }
         self._metrics.transcribed(item.audio_s, item.results, stages_s)
         heard = Counter(each.language for each in item.results if each.language is not None)
-        language = self.config.language or next((name for name, _ in heard.most_common(1)), None)
+        language = item.config.language or next((name for name, _ in heard.most_common(1)), None)
         text = item.text.text
-        logprobs = self._logprobs(item) if self.config.logprobs else None
+        logprobs = self._logprobs(item) if item.config.logprobs else None
         self._emit(Completed(item.id, item.previous_id, text, item.audio_s, language, logprobs))
 
     def _logprobs(self, item: _Item) -> tuple[tuple[bytes, float], ...]:

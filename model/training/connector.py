@@ -381,6 +381,8 @@ class ConnectorStage:
             ("previous_text", config.previous_text_share, config.previous_text_template),
             ("hotwords", config.hotwords_share, config.hotwords_template),
         ):
+            if share and not (config.train_llm or config.lora is not None):
+                raise ValueError(f"{name} before the audio is learnt by the LLM: train it, or LoRA")
             if share:
                 check_addition(name, template)
                 self.processor.context_templates[name] = template

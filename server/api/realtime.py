@@ -252,10 +252,14 @@ class _Connection:
         except TimeoutError:
             ending, message = "expired", f"the session has lasted {longest_s:g} s"
         self._is_ending = True
+        await self._finish()
+        raise _SessionEnd(ending, message)
+
+    async def _finish(self) -> None:
+        """Have what was heard transcribed, if that does not take too long."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._runtime.settings.drain_timeout_s):
                 await self.session.finish()
-        raise _SessionEnd(ending, message)
 
     async def _read(self) -> None:
         idle_s = self._runtime.settings.realtime_idle_timeout_s
@@ -264,6 +268,7 @@ class _Connection:
                 async with asyncio.timeout(idle_s):
                     message = await self._websocket.receive()
             except TimeoutError:
+                await self._finish()  # whoever waits for a turn's text has no more to send
                 raise _SessionEnd("idle", f"nothing came for {idle_s:g} s") from None
             if message["type"] == "websocket.disconnect":
                 raise _SessionEnd("client")

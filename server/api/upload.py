@@ -220,7 +220,8 @@ async def _read_form(request: Request, body: _Body) -> Upload:
 
 
 def _too_large(max_bytes: int) -> UploadTooLargeError:
-    return UploadTooLargeError(f"the upload is larger than {max_bytes} bytes", param="file")
+    reason = f"the upload is larger than {max_bytes / 2**20:g} MiB, the most that this server takes"
+    return UploadTooLargeError(f"{reason} (--max-upload-bytes)", param="file")
 
 
 async def _sort(form: FormData) -> Upload:
@@ -231,7 +232,9 @@ async def _sort(form: FormData) -> Upload:
         if isinstance(value, UploadFile) and name == "file":
             recordings.append(await value.read())
         elif isinstance(value, UploadFile):
-            raise InvalidRequestError(f"the field {name!r} is no file", param=name)
+            raise InvalidRequestError(
+                f"no field {name!r} takes a file: send recordings in 'file'", param=name
+            )
         elif name == "file":
             raise InvalidRequestError(
                 "the field 'file' has to be a file, with a filename", param="file"

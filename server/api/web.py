@@ -48,7 +48,7 @@ async def index(request: Request, runtime: RuntimeDependency) -> Response:
     body = IndexBody(
         name="speechllm",
         version=version(),
-        model=runtime.settings.model,
+        model=runtime.settings.served_name,
         endpoints={
             "POST /transcribe": "a recording in the multipart field 'file' -> its text",
             "POST /v1/audio/transcriptions": "the same, as OpenAI's API has it",

@@ -153,10 +153,11 @@ class TurnFinder:
             self._drop_rest()
         return events
 
-    def clear(self) -> None:
-        """Forget the open turn, and what is held besides."""
+    def clear(self, unheard_samples: int = 0) -> None:
+        """Forget the open turn, what is held besides, and what was to come next."""
         self._close(self._now)
         self._drop_rest()
+        self._position += unheard_samples
 
     def _drop_rest(self) -> None:
         # The frames that follow begin at its end.

@@ -48,9 +48,16 @@ def find_recordings(arguments: Iterable[str]) -> list[Recording]:
         if argument == STANDARD_INPUT and None in found:
             raise ValueError("standard input can be read once only")
         for recording in _find(argument):
-            key = recording.path.resolve() if recording.path else None
+            key = _resolved(recording.path) if recording.path else None
             found.setdefault(key, recording)
     return _with_distinct_places(list(found.values()))
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a link to itself: reading it says so
+        return path.absolute()
 
 
 def check_places(recordings: Iterable[Recording]) -> None:
@@ -66,6 +73,8 @@ def check_places(recordings: Iterable[Recording]) -> None:
 
 
 def _find(argument: str) -> list[Recording]:
+    if not argument:
+        raise ValueError("an empty argument names no recording")
     path = Path(argument)
     if argument == STANDARD_INPUT:
         return [Recording("stdin", None, Path("stdin"))]
@@ -105,11 +114,18 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _with_distinct_places(recordings: list[Recording]) -> list[Recording]:
-    """Let recordings that differ in their suffix only keep it: a.wav and a.mp3."""
-    taken = Counter(recording.place for recording in recordings)
-    return [
-        recording
-        if taken[recording.place] == 1 or recording.path is None
-        else replace(recording, place=recording.place.with_name(recording.path.name))
-        for recording in recordings
-    ]
+    """Let recordings that differ in their suffix only keep it: a.wav and a.mp3.
+
+    That may be another's place in turn, as with a.wav.mp3, which then keeps its own.
+    """
+    while True:
+        taken = Counter(recording.place for recording in recordings)
+        distinct = [
+            recording
+            if taken[recording.place] == 1 or recording.path is None
+            else replace(recording, place=recording.place.with_name(recording.path.name))
+            for recording in recordings
+        ]
+        if distinct == recordings:
+            return distinct
+        recordings = distinct

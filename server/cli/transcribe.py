@@ -66,7 +66,9 @@ def transcribe(
         str | None,
         typer.Option(help="Checkpoint folder or hub id.", show_default=_DEFAULT_MODEL),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")
+    ] = None,
     form: Annotated[
         Format, typer.Option("--format", help="Of the transcripts; jsonl is an object a line.")
     ] = "text",
@@ -96,8 +98,9 @@ def transcribe(
     given = {"language": language, "prompt": prompt, "hotwords": hotwords, "timestamps": timestamps}
     options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
     wire_format: ResponseFormat = "json" if form == JSON_LINES else form  # type: ignore[assignment]
-    if server is not None and model is not None:
-        _end("--server has a model of its own: leave out --model", _BAD_USAGE)
+    for option, value in (("--model", model), ("--device", device)):
+        if server is not None and value is not None:
+            _end(f"--server has a {option[2:]} of its own: leave out {option}", _BAD_USAGE)
     try:
         recordings = find_recordings(files)
         transcripts = _transcripts(recordings, form, output, overwrite=overwrite)
@@ -106,7 +109,7 @@ def transcribe(
     except OSError as error:
         _end(f"{error.filename}: {error.strerror}", _BAD_USAGE)
     transcriber = (
-        in_process(model or _DEFAULT_MODEL, device, wire_format, options, jobs=jobs)
+        in_process(model, device, wire_format, options, jobs=jobs)
         if server is None
         else at_server(server, api_key, wire_format, options)
     )
@@ -200,7 +203,7 @@ class _Bar:
 
     def advance(self, recording: Recording, processed_s: float, total_s: float | None) -> None:
         self._bar.set_postfix_str(f"{recording.name}: {processed_s:.0f} s", refresh=total_s is None)
-        if total_s is not None:
+        if total_s:
             self._move(recording, min(1.0, processed_s / total_s))
 
     def end(self, recording: Recording) -> None:

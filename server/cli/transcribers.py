@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NO_LIMIT_S = 30 * 24 * 3600.0  # one's own files, in one's own time
 _NO_LIMIT = 10**6  # `jobs` bounds what is under way
-_PATIENT_RETRIES = 20
+_PATIENT_RETRIES = 10**6  # a full server is waited for, however long its recordings are
 
 OnAdvance: TypeAlias = "Callable[[float, float | None], None]"
 """Told how many seconds of a long recording are done, and how many there are, if that is known."""
@@ -58,13 +58,13 @@ class FileTranscriber(Protocol):
 
 @contextlib.asynccontextmanager
 async def in_process(
-    model: str, device: str, form: ResponseFormat, options: Options, *, jobs: int
+    model: str | None, device: str | None, form: ResponseFormat, options: Options, *, jobs: int
 ) -> AsyncGenerator[FileTranscriber, None]:
     """Load a checkpoint and yield what transcribes with it, as the server would.
 
     Args:
-        model: checkpoint folder or hub id.
-        device: auto, cpu, cuda or cuda:N.
+        model: checkpoint folder or hub id; None takes the environment's, or the default.
+        device: auto, cpu, cuda or cuda:N; likewise.
         form: of the transcripts.
         options: of the transcriptions.
         jobs: most calls at once.
@@ -77,13 +77,13 @@ async def in_process(
     from server.app import build_engine
     from server.errors import RequestError
     from server.metrics import Metrics
+    from server.preflight import check_model_settings
     from server.runtime import Runtime
     from server.settings import SettingError, read_settings
 
     try:
         settings = read_settings(
-            model=model,
-            device=device,
+            **{key: value for key, value in (("model", model), ("device", device)) if value},
             max_audio_s=_NO_LIMIT_S,
             request_timeout_s=_NO_LIMIT_S,
             max_long_recordings=jobs,
@@ -91,6 +91,7 @@ async def in_process(
             max_queue_audio_s=_NO_LIMIT_S,
             decode_workers=min(jobs, os.cpu_count() or 1),
         )
+        check_model_settings(settings)
         metrics = Metrics()
         runtime = Runtime(settings, build_engine(settings, metrics), metrics)
     except SettingError as error:
@@ -98,7 +99,7 @@ async def in_process(
     runtime.start()
     try:
         if (failure := await runtime.loaded()) is not None:
-            raise TranscriberUnavailableError(f"cannot load {model}: {failure}")
+            raise TranscriberUnavailableError(f"cannot load {settings.model}: {failure}")
         fields = {name: str(value) for name, value in options.items()}
         try:
             asked = parse_form(TranscribeForm, {**fields, "response_format": form}.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ JSON_LINES_NAME = "transcripts.jsonl"
 
 SUFFIXES = {
     "json": ".json",
-    "verbose_json": ".json",
+    "verbose_json": ".verbose.json",
     "text": ".txt",
     "srt": ".srt",
     "vtt": ".vtt",
@@ -51,14 +52,21 @@ class TranscriptFiles:
     """A file for each recording, in folders like theirs."""
 
     def __init__(self, folder: Path, form: str, *, overwrite: bool) -> None:
-        """Write below `folder`, one of SUFFIXES' formats; `overwrite` writes what is there anew."""
+        """Write below `folder`, one of SUFFIXES' formats; `overwrite` writes what is there anew.
+
+        Raises:
+            OSError: there cannot be such a folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._suffix = SUFFIXES[form]
         self._overwrite = overwrite
 
     def has(self, recording: Recording) -> bool:
         """Whether its file is there; files appear only when they are complete."""
-        return not self._overwrite and self._path(recording).is_file()
+        # What comes by standard input may be another recording each time.
+        is_kept = not self._overwrite and recording.path is not None
+        return is_kept and self._path(recording).is_file()
 
     def write(self, recording: Recording, transcript: str) -> None:
         """Write its file."""
@@ -91,7 +99,7 @@ class JsonLines:
 
     def has(self, recording: Recording) -> bool:
         """Whether there is a line of its transcript."""
-        return recording.name in self._done
+        return recording.path is not None and recording.name in self._done
 
     def write(self, recording: Recording, transcript: str) -> None:
         """Write its line."""
@@ -116,6 +124,9 @@ class StandardOutput:
     def __init__(self, recordings: Sequence[Recording], form: str) -> None:
         """Begin; of several recordings, each line of text says whose it is."""
         self._form = form
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Names and texts that the terminal's encoding does not have must not end the run.
+            sys.stdout.reconfigure(errors="backslashreplace")
         self._is_single = len(recordings) == 1
         self._waiting = deque(recordings)
         self._ready: dict[Recording, str] = {}
@@ -181,6 +192,8 @@ def _transcribed_lines(path: Path) -> dict[str, str]:
         try:
             value = json.loads(line)
             name, has_failed = value["file"], "error" in value
+            if not isinstance(name, str):
+                raise TypeError("a file's name is a text")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} is no transcript; --overwrite replaces the file"
@@ -192,6 +205,10 @@ def _transcribed_lines(path: Path) -> dict[str, str]:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file at once: whoever looks, or a crash, finds the old one or the new one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    part = path.with_name(f".{os.getpid()}.part")  # short, since the name itself may be long
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise

@@ -78,12 +78,15 @@ def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[s
         ClientError: neither the address nor the key can be one.
     """
     try:
-        httpx.URL(base_url)
+        scheme = httpx.URL(base_url).scheme
     except httpx.InvalidURL as error:
         raise ClientError(f"{base_url!r} is no address of a server: {error}") from error
+    if scheme not in {"http", "https"}:
+        raise ClientError(f"{base_url!r} is no address of a server: it begins with no http://")
     key = api_key if api_key is not None else os.environ.get(API_KEY_VARIABLE, "")
+    key = key.strip()  # a file's line end, say
     headers = {"User-Agent": f"speechllm-client/{_version()}"}
-    if not key.isascii():
+    if not (key.isascii() and key.isprintable()):
         raise ClientError("the API key has characters that no header can carry")
     if key:
         headers["Authorization"] = f"Bearer {key}"
@@ -104,15 +107,25 @@ def read_audio(audio: Audio) -> tuple[str, bytes]:
         return "recording", bytes(audio)
     if isinstance(audio, str | os.PathLike):
         path = Path(audio)
-        return path.name, path.read_bytes()
+        # A name that is not UTF-8 cannot be sent; only its ending could be of use.
+        return path.name.encode(errors="replace").decode(), path.read_bytes()
     return Path(str(getattr(audio, "name", "recording"))).name, audio.read()
 
 
 def transcribe_request(
     recording: tuple[str, bytes], options: Options, **fields: str
 ) -> dict[str, Any]:
-    """Return what httpx's `build_request` takes for `POST /transcribe`."""
+    """Return what httpx's `build_request` takes for `POST /transcribe`.
+
+    Raises:
+        ClientError: an option is a text that is no Unicode.
+    """
     data = {name: _text(value) for name, value in options.items()} | fields
+    for name, value in data.items():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ClientError(f"{name} cannot be sent: it is not Unicode") from error
     return {
         "method": "POST",
         "url": "transcribe",
@@ -157,6 +170,8 @@ def refusal(response: httpx.Response) -> ClientError:
 
 
 def _api_error(response: httpx.Response, error: dict[str, Any], status: int) -> ApiError:
+    if not isinstance(error, dict):
+        raise TypeError("an error of another form")
     kind: type[ApiError] = ServerFailedError
     family = error.get("type")
     if status == _UNAUTHORIZED:

@@ -2,10 +2,24 @@
 
 const KEY = "speechllm-api-key";
 
+let key = stored(() => sessionStorage.getItem(KEY)) ?? "";
+
 export const apiKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY)),
+  get: () => key,
+  set: (value) => {
+    key = value;
+    stored(() => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY)));
+  },
 };
+
+/** Some browsers are set to keep nothing for a page, and say so by an error. */
+function stored(access) {
+  try {
+    return access();
+  } catch {
+    return null;
+  }
+}
 
 /** What the server says of a failure; `message` is for people. */
 export class ApiError extends Error {
@@ -25,6 +39,13 @@ export async function about() {
  * Returns the whole answer. Raises ApiError, or AbortError through `signal`.
  */
 export async function transcribe(file, fields, { onText, signal }) {
+  // What is wrong here must not look as if it were the server.
+  if (!/^[\x21-\x7e]*$/.test(apiKey.get())) throw new ApiError("The API key has characters that no key can have.", { status: 401 });
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new ApiError("The file cannot be read: it was moved or changed.");
+  }
   const form = new FormData();
   form.append("file", file, file.name);
   for (const [name, value] of Object.entries(fields)) form.append(name, value);

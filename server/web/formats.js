@@ -4,6 +4,7 @@ import { words } from "./confidence.js";
 
 const MAX_CUE_CHARACTERS = 84;
 const MAX_CUE_SECONDS = 7;
+const PAUSE_SECONDS = 0.8;
 
 export const FORMATS = {
   txt: { type: "text/plain", write: (answer) => `${answer.text}\n` },
@@ -29,12 +30,15 @@ function vtt(answer) {
 function cues({ segments }) {
   return segments.flatMap((segment) => {
     const spoken = words(segment.text);
-    if (segment.words?.length !== spoken.length) return spoken.length ? [segment] : [];
+    if (segment.words?.length !== spoken.length) {
+      return spoken.length ? [{ ...segment, text: spoken.join(" ") }] : [];
+    }
     const found = [];
     segment.words.forEach(({ start, end }, i) => {
       const word = spoken[i];
       const last = found.at(-1);
-      const fits = last && last.text.length + word.length < MAX_CUE_CHARACTERS && end - last.start <= MAX_CUE_SECONDS;
+      const fits = last && last.text.length + word.length < MAX_CUE_CHARACTERS && end - last.start <= MAX_CUE_SECONDS
+        && start - last.end <= PAUSE_SECONDS;
       if (fits) Object.assign(last, { text: `${last.text} ${word}`, end });
       else found.push({ text: word, start, end });
     });

@@ -44,8 +44,10 @@ function watchFiles() {
   };
   const drop = find("drop");
   // Anywhere else on the page, a dropped file would replace the page.
-  document.addEventListener("dragover", (event) => event.preventDefault());
+  const hasFiles = (event) => event.dataTransfer.types.includes("Files");
+  document.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
   document.addEventListener("drop", (event) => {
+    if (!hasFiles(event)) return;
     event.preventDefault();
     drop.classList.remove("over");
     add(event.dataTransfer.files);
@@ -62,8 +64,10 @@ function watchMicrophone() {
     find("record-status").textContent = "The microphone needs https, or a server on this machine";
     return;
   }
+  let isBusy = false;
   button.onclick = async () => {
-    button.disabled = true;
+    if (isBusy) return; // not disabled: it would lose the focus
+    isBusy = true;
     try {
       if (recording) {
         const file = await recording.stop();
@@ -76,7 +80,7 @@ function watchMicrophone() {
       recording = null;
       showRecordError(error);
     } finally {
-      button.disabled = false;
+      isBusy = false;
       button.textContent = recording ? "Stop" : "Record";
       button.classList.toggle("recording", Boolean(recording));
     }
@@ -116,6 +120,7 @@ async function startRecording() {
   if (hasLive && recorder.rate === LIVE_RATE) {
     session = new LiveSession((text) => {
       live.hidden = false;
+      live.dir = "auto";
       live.textContent = text;
     });
   }
@@ -140,7 +145,7 @@ function showRecordError(error) {
 async function showServer() {
   try {
     const { model, version, endpoints } = await about();
-    find("model").textContent = `${model.split("/").at(-1)} · speechllm ${version}`;
+    find("model").textContent = `${model} · speechllm ${version}`;
     hasLive = "WS /v1/realtime" in endpoints;
   } catch {
     find("model").textContent = "The server cannot be reached";
@@ -148,7 +153,7 @@ async function showServer() {
 }
 
 find("api-key").value = apiKey.get();
-find("api-key").onchange = ({ target }) => apiKey.set(target.value.trim());
+find("api-key").oninput = ({ target }) => apiKey.set(target.value.trim());
 watchFiles();
 watchMicrophone();
 showServer();

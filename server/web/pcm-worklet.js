@@ -6,6 +6,16 @@ class Gatherer extends AudioWorkletProcessor {
   #block = new Float32Array(BLOCK);
   #filled = 0;
 
+  constructor() {
+    super();
+    // At the end: the rest, and a mark behind it.
+    this.port.onmessage = () => {
+      this.port.postMessage(this.#block.subarray(0, this.#filled));
+      this.#filled = 0;
+      this.port.postMessage(null);
+    };
+  }
+
   process([[channel]]) {
     if (!channel) return true;
     for (const sample of channel) {

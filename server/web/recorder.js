@@ -5,6 +5,8 @@ export const LIVE_RATE = 16000;
 export class Recorder {
   #stream;
   #context;
+  #gatherer;
+  #isComplete;
   #blocks = [];
 
   get rate() {
@@ -17,7 +19,9 @@ export class Recorder {
     const source = await this.#connect();
     await this.#context.audioWorklet.addModule("web/pcm-worklet.js");
     const gatherer = new AudioWorkletNode(this.#context, "gatherer", { channelCount: 1, channelCountMode: "explicit" });
+    this.#gatherer = gatherer;
     gatherer.port.onmessage = ({ data }) => {
+      if (!data) return this.#isComplete();
       const block = Int16Array.from(data, (sample) => 32767 * Math.max(-1, Math.min(1, sample)));
       this.#blocks.push(block);
       onBlock(block);
@@ -40,6 +44,10 @@ export class Recorder {
   /** End, and return the recording as a file. */
   async stop() {
     const { rate } = this;
+    const complete = new Promise((resolve) => (this.#isComplete = resolve));
+    this.#gatherer.port.postMessage("end");
+    // A context that the browser has suspended would never answer.
+    await Promise.race([complete, new Promise((resolve) => setTimeout(resolve, 500))]);
     this.cancel();
     return new File([wavHeader(this.#blocks, rate), ...this.#blocks], recordingName(), { type: "audio/wav" });
   }

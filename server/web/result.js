@@ -6,6 +6,7 @@ import { FORMATS } from "./formats.js";
 import { draw, peaksOf } from "./waveform.js";
 
 const PEAKS = 200;
+const WAITING = "Waiting";
 const UNSURE = 0.8;
 const DOUBTFUL = 0.5;
 const NOTES = {
@@ -23,7 +24,7 @@ export class Result {
   #file;
   #fields;
   #onRefused;
-  #abort;
+  #abort = new AbortController();
   #answer;
   #peaks;
   #find;
@@ -36,16 +37,23 @@ export class Result {
     const card = document.getElementById("result").content.cloneNode(true).firstElementChild;
     this.#find = (selector) => card.querySelector(selector);
     this.#find("h3").textContent = file.name;
-    this.#find(".status").textContent = "Waiting";
+    this.#find(".status").textContent = WAITING;
     this.#find(".actions").onclick = ({ target }) => this.#act(target.dataset);
-    this.#find(".cancel").onclick = () => this.#abort?.abort();
-    this.#find(".again").onclick = () => this.run();
+    this.#find(".cancel").onclick = () => {
+      this.#abort.abort();
+      if (this.#find(".status").textContent === WAITING) this.#cancelled();
+    };
+    this.#find(".again").onclick = () => {
+      this.#abort = new AbortController();
+      this.run();
+    };
     list.querySelector("h2").after(card);
     this.#play();
   }
 
   /** Transcribe, and show what comes of it. */
   async run() {
+    if (this.#abort.signal.aborted) return; // while it waited
     const started = performance.now();
     let firstText = null;
     const transcript = this.#find(".transcript");
@@ -72,7 +80,6 @@ export class Result {
   }
 
   #begin(transcript) {
-    this.#abort = new AbortController();
     transcript.setAttribute("aria-busy", "true");
     transcript.replaceChildren();
     this.#find(".status").textContent = "Sending …";
@@ -81,13 +88,19 @@ export class Result {
     this.#find(".error").hidden = true;
   }
 
+  #cancelled() {
+    this.#find(".status").textContent = "Cancelled";
+    this.#find(".again").hidden = false;
+    this.#find(".cancel").hidden = true;
+  }
+
   #fail(error, transcript) {
     transcript.replaceChildren();
-    this.#find(".again").hidden = false;
     if (error.name === "AbortError") {
-      this.#find(".status").textContent = "Cancelled";
+      this.#cancelled();
       return;
     }
+    this.#find(".again").hidden = false;
     if (!(error instanceof ApiError)) console.error(error);
     this.#find(".status").textContent = "Failed";
     const box = this.#find(".error");
@@ -100,6 +113,8 @@ export class Result {
 
   #show(transcript, answer) {
     this.#find(".actions").hidden = false;
+    transcript.lang = answer.language ?? "";
+    transcript.dir = "auto";
     if (!answer.segments.length) {
       transcript.replaceChildren(element("p", {}, "No speech was found."));
       return;
@@ -164,17 +179,27 @@ export class Result {
     audio.src = URL.createObjectURL(this.#file);
     audio.setAttribute("aria-label", `Audio of ${this.#file.name}`);
     canvas.setAttribute("aria-label", `Waveform of ${this.#file.name}`);
-    audio.onloadedmetadata = () => (this.#find(".player").hidden = false);
-    this.#peaks = await peaksOf(this.#file, PEAKS);
+    const known = new Promise((resolve) => {
+      audio.onerror = resolve;
+      audio.onloadedmetadata = () => {
+        this.#find(".player").hidden = false;
+        resolve();
+      };
+    });
+    await known;
+    const found = await peaksOf(this.#file, PEAKS, audio.duration);
+    this.#peaks = found?.peaks;
     canvas.hidden = !this.#peaks;
-    const redraw = () => this.#peaks && draw(canvas, this.#peaks, audio.currentTime / audio.duration || 0);
+    // A recording made in a browser may not know its own length.
+    const length = () => (Number.isFinite(audio.duration) ? audio.duration : found.seconds);
+    const redraw = () => this.#peaks && draw(canvas, this.#peaks, audio.currentTime / length() || 0);
     new ResizeObserver(redraw).observe(canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
     audio.ontimeupdate = audio.onseeked = () => {
       redraw();
       this.#mark(audio.currentTime);
     };
-    canvas.onclick = ({ offsetX }) => this.#seek((offsetX / canvas.clientWidth) * audio.duration);
+    canvas.onclick = ({ offsetX }) => this.#seek((offsetX / canvas.clientWidth) * length());
   }
 
   #seek(seconds) {

@@ -4,6 +4,7 @@ import html
 import io
 import itertools
 import json
+from unicodedata import category
 
 import pytest
 import srt
@@ -61,7 +62,24 @@ def transcriptions(draw):
 
 
 def shown(text):
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    controls = {"Cc", "Cs", "Zl", "Zp"}
+    return " ".join("".join(" " if category(c) in controls else c for c in text).split())
+
+
+def test_joiners_are_part_of_words():
+    persian, mongolian, family = "می\u200cخواهم", "ᠠᠨ\u180eᠠ", "👩\u200d👧"
+    text = f"{persian} {mongolian} {family}"
+    written = transcription(segment(0.0, 2.0, text))
+    assert [cue.text for cue in formats.cues(written)] == [text]
+    assert text in formats.to_vtt(written)
+
+
+def test_a_cue_ends_at_a_pause():
+    words = (Word("one", 0.0, 0.4), Word("two", 0.6, 1.0), Word("three", 2.5, 3.0))
+    written = transcription(segment(0.0, 3.0, "one two three", words))
+    assert [(cue.text, cue.start_ms, cue.end_ms) for cue in formats.cues(written)] == [
+        ("one two", 0, 1000), ("three", 2500, 3000),
+    ]  # fmt: skip
 
 
 @given(transcriptions())

@@ -306,6 +306,46 @@ def test_what_is_cleared_is_not_transcribed():
     assert [type(event) for event in events] == [SpeechStarted, Cleared]
 
 
+def test_a_committed_turn_keeps_its_configuration():
+    first = SessionConfig(rate_hz=RATE, vad=None, prompt="one", language="en", logprobs=True)
+    second = SessionConfig(rate_hz=RATE, vad=None, prompt="two", language="mn")
+
+    async def scenario():
+        engine = ScriptedEngine()
+        engine.token_bytes = lambda token_ids: [b"w"] * len(token_ids)
+        async with open_session(engine, config=first) as (session, events):
+            for config in (second, first):
+                await session.append(pcm(speechlike(2.0)))
+                await session.commit()
+                session.configure(config)
+            await session.finish()
+        return [request.prompt for request in engine.asked], find(events, Completed)
+
+    prompts, completed = run(scenario())
+    assert prompts == ["one", "two"]
+    assert [each.language for each in completed] == ["en", "mn"]
+    assert [each.logprobs is None for each in completed] == [False, True]
+
+
+@pytest.mark.parametrize("rate_hz", [8000, 24_000])
+def test_times_stay_right_however_often_audio_is_cleared(rate_hz):
+    block = np.zeros(rate_hz // 10, "<i2").tobytes()
+    speech = np.interp(np.arange(0, 3.0, 1 / rate_hz), np.arange(0, 3.0, 1 / RATE), speechlike(3.0))
+    turn = np.concatenate([np.zeros(rate_hz), speech])
+
+    async def scenario(clears):
+        async with open_session(config=SessionConfig(rate_hz=rate_hz)) as (session, events):
+            for _ in range(100):
+                await session.append(block)
+                if clears:
+                    session.clear()
+            await session.append(pcm(turn))
+            await session.finish()
+        return find(events, SpeechStarted)[0].start_ms
+
+    assert run(scenario(clears=True)) == pytest.approx(run(scenario(clears=False)), abs=40)
+
+
 def test_audio_that_comes_too_fast_is_refused_and_the_rest_goes_on():
     async def scenario():
         engine = ScriptedEngine()

@@ -47,6 +47,26 @@ def test_recordings_that_differ_in_their_suffix_only_keep_it(folder):
     assert places == ["a", "b.ogg", "b.wav", "deep/er/c"]
 
 
+def test_a_place_that_is_given_way_to_is_given_way_from(folder):
+    (folder / "b.ogg").write_bytes(b"")
+    (folder / "b.wav.mp3").write_bytes(b"")
+    found = find_recordings([str(folder)])
+    check_places(found)
+    assert [str(each.place) for each in found] == [
+        "a", "b.ogg", "b.wav", "b.wav.mp3", "deep/er/c",
+    ]  # fmt: skip
+
+
+def test_a_link_to_itself_is_kept_to_be_reported(folder):
+    (folder / "loop.wav").symlink_to("loop.wav")
+    assert names(find_recordings([str(folder / "loop.wav")])) == ["loop.wav"]
+
+
+def test_an_empty_argument_is_no_folder():
+    with pytest.raises(ValueError, match="empty"):
+        find_recordings([""])
+
+
 def test_equal_names_from_different_folders_are_refused(folder):
     (folder / "other").mkdir()
     (folder / "other" / "b.wav").write_bytes(b"")

@@ -1,5 +1,7 @@
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,50 @@ def test_a_file_appears_whole_where_its_recording_lies(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")] == ["1/a.b.srt"]
     assert not TranscriptFiles(tmp_path, "srt", overwrite=True).has(deep)
     assert not TranscriptFiles(tmp_path, "vtt", overwrite=False).has(deep)
+
+
+def test_a_name_as_long_as_may_be_is_written(tmp_path):
+    name = "a" * 240
+    long = Recording(name, tmp_path / name, Path(name))
+    TranscriptFiles(tmp_path, "text", overwrite=False).write(long, "words")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.txt"]
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        TranscriptFiles(tmp_path, "text", overwrite=False).write(A, "words")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    with pytest.raises(OSError, match="exists"):
+        TranscriptFiles(Path(__file__), "text", overwrite=False)
+
+
+def test_standard_input_and_another_format_are_not_taken_for_done(tmp_path):
+    stdin = Recording("stdin", None, Path("stdin"))
+    for each in (
+        TranscriptFiles(tmp_path, "json", overwrite=False),
+        JsonLines(tmp_path, overwrite=False),
+    ):
+        each.write(stdin, '{"text": "words"}')
+        each.write(A, '{"text": "words"}')
+        each.close()
+    files = TranscriptFiles(tmp_path, "json", overwrite=False)
+    assert (files.has(A), files.has(stdin)) == (True, False)
+    assert not TranscriptFiles(tmp_path, "verbose_json", overwrite=False).has(A)
+    lines = JsonLines(tmp_path, overwrite=False)
+    assert (lines.has(A), lines.has(stdin)) == (True, False)
+    lines.close()
+
+
+def test_names_that_standard_output_cannot_hold_do_not_end_the_run(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    odd = Recording(os.fsdecode(b"m\xff.wav"), Path("m"), Path("m"))
+    output = StandardOutput([odd, A], "text")
+    output.write(odd, "Өнөөдөр")
+    output.write(A, "words")
+    sys.stdout.flush()
+    assert written.getvalue().endswith(b"calls/a.wav: words\n")
 
 
 def lines_of(folder):

@@ -1,11 +1,13 @@
 import io
 import json
+import os
 
 import httpx
 import pytest
 
 from server.client import (
     AuthenticationError,
+    ClientError,
     ConnectionFailedError,
     OverloadedError,
     Progress,
@@ -71,6 +73,33 @@ def test_the_key_comes_from_the_environment_unless_one_is_given(monkeypatch):
     assert headers["Authorization"] == "Bearer from-the-environment"
     assert http_options(url, "given", 1.0)["headers"]["Authorization"] == "Bearer given"
     assert "Authorization" not in http_options(url, "", 1.0)["headers"]
+
+
+def test_a_key_s_line_end_is_no_part_of_it(monkeypatch):
+    monkeypatch.setenv("SPEECHLLM_API_KEY", "secret\n")
+    headers = http_options("http://127.0.0.1:8000", None, 1.0)["headers"]
+    assert headers["Authorization"] == "Bearer secret"
+    with pytest.raises(ClientError) as refused:
+        http_options("http://127.0.0.1:8000", "sec\nret", 1.0)
+    assert "sec" not in str(refused.value)
+
+
+def test_an_address_needs_its_scheme():
+    with pytest.raises(ClientError, match="is no address of a server"):
+        http_options("127.0.0.1:8000", None, 1.0)
+
+
+def test_what_is_no_unicode_is_refused_or_replaced(tmp_path):
+    with pytest.raises(ClientError, match="prompt"):
+        transcribe_request(("a.wav", b""), {"prompt": os.fsdecode(b"\xff")})
+    path = tmp_path / os.fsdecode(b"m\xff.wav")
+    path.write_bytes(b"RIFF")
+    assert read_audio(path) == ("m?.wav", b"RIFF")
+
+
+def test_another_server_s_error_is_told_as_such():
+    answer = httpx.Response(404, json={"status": 404, "error": "Not Found"})
+    assert isinstance(refusal(answer), UnexpectedAnswerError)
 
 
 def test_everything_of_an_answer_is_read():
