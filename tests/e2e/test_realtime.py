@@ -438,7 +438,13 @@ def test_sessions_end_when_they_idle_or_last_too_long(start_server, tiny_checkpo
         connect(address(client), open_timeout=60) as socket,
     ):
         receive(socket)
-        assert receive(socket)["error"]["code"] == f"session_{code}"
+        update(socket, turn_detection=None)
+        audio = base64.b64encode(pcm16(speechlike(2.0))).decode()
+        send(socket, "input_audio_buffer.append", audio=audio)
+        events = receive_until(socket, "error")
+        assert events[-1]["error"]["code"] == f"session_{code}"
+        # What was heard is not lost.
+        assert [event["type"] for event in events][-2].endswith("transcription.completed")
         with pytest.raises(ConnectionClosed):
             socket.recv(timeout=60)
         assert socket.close_code == 1008

@@ -220,6 +220,51 @@ def test_the_microphone_is_recorded_and_transcribed(open_page):
         expect(page.get_by_role("button", name="Record", exact=True)).to_be_visible()
 
 
+def test_a_file_that_waits_can_be_cancelled(open_page, speech):
+    with open_page() as page:
+        page.set_input_files("#files", [str(speech)] * 3)
+        waiting = page.locator("article").first  # the last one that was chosen
+        expect(waiting.locator(".status")).to_have_text("Waiting")
+        waiting.get_by_role("button", name="Cancel").click()
+        expect(waiting.locator(".status")).to_have_text("Cancelled")
+        expect(page.locator("article").nth(1).locator(".actions")).to_be_visible()
+        expect(waiting.locator(".status")).to_have_text("Cancelled")
+        waiting.get_by_role("button", name="Try again").click()
+        expect(waiting.locator(".actions")).to_be_visible()
+
+
+def test_the_record_button_keeps_the_focus_and_recordings_their_end(open_page):
+    samples = []
+    with open_page() as page:
+        button = page.locator("#record")
+        button.focus()
+        for number in range(1, 4):
+            page.keyboard.press("Enter")
+            expect(button).to_have_text("Stop")
+            expect(page.locator("#record-time")).to_have_text("1 s")
+            page.keyboard.press("Enter")
+            expect(page.locator("article")).to_have_count(number)
+            expect(button).to_be_focused()
+            length = page.wait_for_function("document.querySelector('article audio').duration")
+            samples.append(round(16_000 * length.json_value()))
+    # Blocks of 2048 are gathered; a recording ends within one, but for one in sixteen.
+    assert any(each % 2048 for each in samples), samples
+
+
+def test_a_browser_that_keeps_nothing_for_the_page_does_not_stop_it(open_page, speech):
+    with open_page(key=None) as page:
+        page.add_init_script(
+            "Object.defineProperty(window, 'sessionStorage',"
+            " { get() { throw new DOMException('denied', 'SecurityError'); } })"
+        )
+        page.reload()
+        page.get_by_text("API key").click()
+        page.get_by_label("Key").fill(KEY)
+        card = transcribe(page, speech)
+        assert spoken(card)
+        assert card.locator(".transcript").get_attribute("lang") == "en"
+
+
 def test_a_file_that_is_no_audio_gets_the_servers_reason(open_page, tmp_path):
     letter = tmp_path / "letter.wav"
     letter.write_text("Dear Sir or Madam")
