@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from server.cli import data
@@ -29,3 +31,21 @@ app.command()(parity)
 app.command()(serve)
 app.command()(transcribe)
 app.command()(info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from server.api.health import version
+
+        typer.echo(f"speechllm {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+    ] = False,
+) -> None:
+    pass

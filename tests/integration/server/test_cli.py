@@ -32,6 +32,10 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_version_is_told(run):
+    assert run("--version").output.startswith("speechllm ")
+
+
 def test_every_group_of_commands_is_there(run):
     text = run("--help").stdout
     for command in ("data", "train", "cache", "evaluate", "compare", "serve", "transcribe", "info"):

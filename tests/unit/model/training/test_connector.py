@@ -195,6 +195,9 @@ def test_contradicting_options_are_refused(fresh_model, utterances, tmp_path):
     cache = FeatureCache(tmp_path / "cache", fingerprint(model, processor))
     with pytest.raises(ValueError, match="cannot be trained from cached"):
         make_stage(fresh_model, merge_clips([cache]), train_encoder=True)
+    for name in ("hotwords", "previous_text"):
+        with pytest.raises(ValueError, match=f"{name} before the audio is learnt by the LLM"):
+            make_stage(fresh_model, utterances, **{f"{name}_share": 0.2})
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from tests.conftest import SENTENCES
 def make_stage(fresh_model, utterances, share, previous=0.0, **overrides):
     model, processor = fresh_model(**overrides)
     data = SpeechDataConfig(max_batch_audio_s=2.5, workers=0)
-    config = ConnectorStageConfig(hotwords_share=share, previous_text_share=previous, data=data)
+    config = ConnectorStageConfig(
+        hotwords_share=share, previous_text_share=previous, data=data, train_llm=True
+    )
     return ConnectorStage(model, processor, config, utterances, [], 0)
 
 
