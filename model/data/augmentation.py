@@ -46,6 +46,10 @@ _SHORT_PROBABILITY = 0.6
 _MAX_LONG_PARTS = 3
 
 
+SPEED_PROBABILITY = 0.5
+SPEED_RANGE = (0.85, 1.18)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentationConfig:
     """How often and how strongly waveforms are varied; each effect is drawn on its own.
@@ -72,8 +76,8 @@ class AugmentationConfig:
         max_duration_s: a clip is not slowed down or padded beyond this.
     """
 
-    speed_probability: float = 0.5
-    speed_range: Range = (0.85, 1.18)
+    speed_probability: float = SPEED_PROBABILITY
+    speed_range: Range = SPEED_RANGE
     padding_probability: float = 0.35
     padding_s: Range = (0.0, 1.2)
     padding_db: Range = (30.0, 70.0)

@@ -12,7 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from model.data.audio import load_audio
-from model.data.augmentation import AugmentationConfig, WaveformAugmenter
+from model.data.augmentation import (
+    SPEED_PROBABILITY,
+    SPEED_RANGE,
+    AugmentationConfig,
+    WaveformAugmenter,
+)
 from model.data.sampler import DurationBucketSampler
 from model.log_mel import WINDOW_SAMPLES
 from model.training.feature_cache import FeatureCacheWriter, fingerprint
@@ -35,6 +40,10 @@ class CachingConfig(BaseModel):
     plain_copies: int = Field(1, ge=0, le=1, description="1 keeps the recording as it is")
     augmented_copies: int = Field(0, ge=0, description="further, augmented copies")
     noise_dir: str | None = None
+    speed_share: float = Field(
+        SPEED_PROBABILITY, ge=0, le=1, description="of the augmented copies at another speed"
+    )
+    speed_range: tuple[float, float] = SPEED_RANGE
     max_batch_audio_s: float = Field(120.0, gt=0)
     max_audio_s: float = Field(30.0, gt=0, le=30)
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of the encoder's arithmetic")
@@ -71,7 +80,12 @@ def write_cache(
     ]
     pending = [item for item in wanted if item[0] not in done]
     augmenter = WaveformAugmenter(
-        AugmentationConfig(max_duration_s=config.max_audio_s), load_noises(config.noise_dir)
+        AugmentationConfig(
+            speed_probability=config.speed_share,
+            speed_range=config.speed_range,
+            max_duration_s=config.max_audio_s,
+        ),
+        load_noises(config.noise_dir),
     )
     sampler = DurationBucketSampler(
         [item[2].duration for item in pending], config.max_batch_audio_s, config.seed
@@ -103,7 +117,8 @@ def write_cache(
 def _source(utterances: Sequence[Utterance], config: CachingConfig) -> str:
     """Fingerprint of what decides a clip's content under its id (its number and its copy's)."""
     rows = [[u.id, u.text, u.duration] for u in utterances]
-    fields = [rows, config.seed, config.noise_dir, config.max_audio_s, config.precision]
+    speed = [config.speed_share, *config.speed_range]
+    fields = [rows, config.seed, config.noise_dir, config.max_audio_s, config.precision, speed]
     return hashlib.sha256(json.dumps(fields).encode()).hexdigest()
 
 

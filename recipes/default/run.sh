@@ -113,7 +113,7 @@ speechllm train connector --cache "$work/cache3" --cache "$work/cache3_human" \
     --output "$work/connector3"
 
 # The encoder half of what is left back to the published one, which knows more voices, and everything
-# behind it trained for what it says now; then half way between that and what was before.
+# behind it trained for what it says now.
 python "$here/average.py" --model "$work/connector3" --towards "$data/whisper-tiny.en" --share 0.5 \
     --output "$work/moved"
 encode() { speechllm cache --encoder "$work/moved/encoder" --llm "$work/lm" "$@"; }
@@ -132,7 +132,31 @@ speechllm train connector --cache "$work/cache4" --cache "$work/cache4_human" \
     --max-batch-audio-s 40 --concatenation 0.3 --epochs 2 --learning-rate 4e-4 --hotwords-share 0.2 \
     --previous-text-share 0.15 --ctc-decoding-weight 0.3 --stored-dtype fp16 --compile-layers \
     --output "$work/connector4"
-python "$here/average.py" --model "$work/connector3" --towards "$work/connector4" --share 0.5 \
+
+# Half of the rest, too, and everything behind it trained for what several encoders say, from voices
+# that are varied more; then half way back again to what was before the encoder was moved at all.
+python "$here/average.py" --model "$work/connector4" --towards "$data/whisper-tiny.en" --share 0.5 \
+    --output "$work/moved2"
+python "$here/average.py" --model "$work/connector4" --towards "$data/whisper-tiny.en" --share 1 \
+    --output "$work/published"
+vary() {
+    speechllm cache --encoder "$work/published/encoder" --llm "$work/lm" --plain-copies 0 \
+        --noise-dir "$prepared/noise_train" --speed-share 0.75 --speed-range 0.8 1.25 "$@"
+}
+awk 'NR % 6 == 3' "$prepared/train.jsonl" | grep -v '"language": "mn"' >"$work/train_sixth.jsonl"
+vary --manifest "$work/train_sixth.jsonl" --augmented-copies 1 --seed 33 --output "$work/cache5"
+vary --manifest "$prepared/train_human.jsonl" --augmented-copies 2 --seed 31 \
+    --output "$work/cache5_human"
+vary --manifest "$prepared/picovoice3.jsonl" --augmented-copies 2 --seed 32 \
+    --output "$work/cache5_orders"
+speechllm train connector --cache "$work/cache5" --cache "$work/cache5_human" \
+    --cache "$work/cache5_orders" --cache "$work/cache4" --cache "$work/cache4_human" \
+    --cache "$work/cache4_orders" --cache "$work/cache4_strings" --mixed-encoders \
+    --model "$work/moved2" --dev "$prepared/dev.jsonl" --train-llm --llm-lr-scale 1.0 \
+    --ctc-weight 0.3 --warmup-steps 60 --max-batch-audio-s 40 --concatenation 0.3 --epochs 1 \
+    --learning-rate 4e-4 --hotwords-share 0.2 --previous-text-share 0.15 --ctc-decoding-weight 0.3 \
+    --stored-dtype fp16 --compile-layers --output "$work/connector5"
+python "$here/average.py" --model "$work/connector3" --towards "$work/connector5" --share 0.5 \
     --output "$work/connector"
 
 # What the server loads: the product without the run's state.

@@ -269,6 +269,9 @@ def train_connector(
     output: Output,
     manifest: Annotated[list[Path] | None, typer.Option(help="Manifest; repeatable.")] = None,
     cache: Annotated[list[Path] | None, typer.Option(help="Feature cache; repeatable.")] = None,
+    mixed_encoders: Annotated[
+        bool, typer.Option(help="Take caches of other encoders than the model's, too.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Checkpoint to go on from.")] = None,
     dev: Dev = None,
     audio_root: AudioRoot = None,
@@ -347,7 +350,11 @@ def train_connector(
         speech_llm.config.llm = "llm"
     read = _digest_of(train)
     if cache:
+        if mixed_encoders and teacher is not None:
+            raise ValueError("a teacher hears its own encoder only: leave out --mixed-encoders")
         identity = fingerprint(speech_llm, processor)
+        if mixed_encoders:
+            del identity["encoder"]
         train = merge_clips(FeatureCache(folder, identity) for folder in cache)
         read = _digest([[each.source, clip.id] for each, clip in train])
     stage = ConnectorStage(speech_llm, processor, config, train, _read(dev, audio_root), loop.seed)
@@ -446,6 +453,12 @@ def cache(
     plain_copies: Annotated[int, typer.Option(help="0 leaves the plain recordings out.")] = 1,
     augmented_copies: Annotated[int, typer.Option(help="Augmented copies of each clip.")] = 0,
     noise_dir: NoiseDir = None,
+    speed_share: Annotated[
+        float, typer.Option(help="Share of the augmented copies that play at another speed.")
+    ] = 0.5,
+    speed_range: Annotated[
+        tuple[float, float], typer.Option(help="Slowest and fastest; the voice moves with it.")
+    ] = (0.85, 1.18),
     max_batch_audio_s: BatchSeconds = 120.0,
     max_audio_s: MaxAudio = 30.0,
     precision: Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")] = "bf16",
@@ -460,7 +473,8 @@ def cache(
     config = CachingConfig(
         plain_copies=plain_copies, augmented_copies=augmented_copies,
         noise_dir=str(noise_dir) if noise_dir else None, max_batch_audio_s=max_batch_audio_s,
-        max_audio_s=max_audio_s, precision=precision, seed=seed,
+        max_audio_s=max_audio_s, precision=precision, seed=seed, speed_share=speed_share,
+        speed_range=speed_range,
     )  # fmt: skip
     utterances = _read(manifest, audio_root)
     model, processor = assemble(Parts(encoder=encoder, llm=llm, encoder_mode=encoder_mode))

@@ -444,7 +444,7 @@ def test_sessions_end_when_they_idle_or_last_too_long(start_server, tiny_checkpo
         events = receive_until(socket, "error")
         assert events[-1]["error"]["code"] == f"session_{code}"
         # What was heard is not lost.
-        assert [event["type"] for event in events][-2].endswith("transcription.completed")
+        assert any(event["type"].endswith("transcription.completed") for event in events)
         with pytest.raises(ConnectionClosed):
             socket.recv(timeout=60)
         assert socket.close_code == 1008

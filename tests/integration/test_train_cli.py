@@ -222,6 +222,13 @@ def test_a_cache_of_another_encoder_is_refused(work: Path, tmp_path: Path) -> No
         "--output", tmp_path / "run", fails=True,
     )  # fmt: skip
     assert "made with another encoder" in said
+    taken = ["train", "connector", *connector_options(work), "--cache", tmp_path / "cache"]
+    run(*taken, "--mixed-encoders", "--output", tmp_path / "run")
+    said = run(
+        *taken, "--mixed-encoders", "--teacher", work / "whisper", "--output", tmp_path / "b",
+        fails=True,
+    )  # fmt: skip
+    assert "a teacher hears its own encoder only" in said
 
 
 def test_a_cache_takes_no_augmentation(work: Path, tmp_path: Path) -> None:

@@ -56,6 +56,19 @@ def test_augmented_copies_differ_from_the_plain_one_and_repeat(fresh_model, utte
         torch.testing.assert_close(varied, again[f"{number}-1"], atol=1e-2, rtol=1e-2)
 
 
+def test_copies_may_be_played_faster_or_slower_throughout(fresh_model, utterances, tmp_path):
+    model, processor = fresh_model()
+    frames = {}
+    for name, speeds in (("slow", (0.5, 0.5)), ("fast", (2.0, 2.0))):
+        config = CachingConfig(
+            plain_copies=0, augmented_copies=1, speed_share=1.0, speed_range=speeds
+        )
+        write_cache(model, processor, utterances[:1], config, tmp_path / name)
+        (clip,) = FeatureCache(tmp_path / name, fingerprint(model, processor)).clips
+        frames[name] = clip.n_frames
+    assert frames["slow"] > 2 * frames["fast"]
+
+
 @pytest.mark.parametrize("what", ["encoder", "encoder_mode", "tokenizer"])
 def test_a_cache_of_another_maker_is_refused_by_name(cached, fresh_model, utterances, what):
     model, processor, folder = cached
