@@ -160,7 +160,9 @@ def _write(
     typer.echo(render_report(report))
     typer.echo(f"Report: {report_path}")
     if not checked.kept:
-        _fail(f"{source}: no utterance is usable, so no manifest is written", _FAILED)
+        first = report.dropped_utterances[0] if report.dropped_utterances else None
+        why = f"; the first one: {first['reason']}, {first['detail']}" if first else ""
+        _fail(f"{source}: no utterance is usable, so no manifest is written{why}", _FAILED)
     typer.echo(f"Manifest: {output}")
 
 

@@ -204,6 +204,7 @@ def test_nothing_left_is_a_failure_that_writes_the_report_alone(recordings, tmp_
     outcome = run("manifest", recordings, "--output", output)  # the audio root is missing
     assert outcome.exit_code == 1
     assert "no utterance is usable" in outcome.stderr
+    assert "; the first one: " in outcome.stderr
     assert not output.exists()
     report = read_report(tmp_path / "out.report.json")
     assert report["manifest"] is None
