@@ -15,8 +15,8 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def user_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Turn the errors that bad input raises into one line on stderr and exit status 1.
+def user_errors(command: Callable[_P, _R], *, status: int = 1) -> Callable[_P, _R]:
+    """Turn the errors that bad input raises into one line on stderr and an exit status.
 
     An option whose value a settings object refuses ends with status 2, as bad usage does.
     """
@@ -30,7 +30,7 @@ def user_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             raise typer.Exit(2) from error
         except (ValueError, OSError, FloatingPointError) as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from error
+            raise typer.Exit(status) from error
 
     return guarded
 

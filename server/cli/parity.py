@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path  # noqa: TC003 - Typer reads annotations at run time
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
     from server.parity import Comparison, ParityClip
 
 _APART = 1
+_NOT_MEASURED = 2
 
 
-@user_errors
+@partial(user_errors, status=_NOT_MEASURED)
 def parity(
     *,
     model: Annotated[str, typer.Option(help="Checkpoint folder or hub id.")] = "weights/default",
@@ -41,7 +43,7 @@ def parity(
     ] = 0.005,
     as_json: Annotated[bool, typer.Option("--json", help="JSON in place of a table.")] = False,
 ) -> None:
-    """Compare what is served with transformers' generate; status 1 if they lie apart."""
+    """Compare what is served with transformers' generate; 1 if they lie apart, 2 if unknown."""
     from model.transcription import Transcriber
     from server.parity import measure_parity
 

@@ -72,7 +72,7 @@ def test_a_recording_that_cannot_be_read_is_one_clear_line(tiny_checkpoint, tmp_
     path = tmp_path / "manifest.jsonl"
     path.write_text('{"audio": "missing.wav", "duration": 1.0}')
     ended = run("--model", tiny_checkpoint, "--manifest", path)
-    assert ended.exit_code == 1
+    assert ended.exit_code == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: missing.wav: ")
 
@@ -82,5 +82,5 @@ def test_a_clip_that_is_too_long_is_refused_by_name(tiny_checkpoint, tmp_path):
     path = tmp_path / "manifest.jsonl"
     path.write_text('{"audio": "long.wav", "duration": 31.0}')
     ended = run("--model", tiny_checkpoint, "--manifest", path)
-    assert ended.exit_code == 1
+    assert ended.exit_code == 2
     assert ended.stderr == "error: long.wav: longer than the 30 s that the model takes\n"
