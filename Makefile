@@ -17,8 +17,9 @@ DEVICE ?= auto
 serve: $(STAMP)
 	exec $(BIN)/speechllm serve --model "$(MODEL)" --host "$(HOST)" --port "$(PORT)" --device "$(DEVICE)"
 
+# Most of the time goes into starting servers, which leaves a core idle.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .
