@@ -109,6 +109,8 @@ def _serve_alone(settings: Settings, listener: socket.socket) -> Exception | Non
 
 def _serve_together(settings: Settings, listener: socket.socket) -> Exception | None:
     """Run the engine in this process, and front ends in others."""
+    import uvloop
+
     from server.keys import KeyRing
     from server.preflight import check_model_settings
     from server.supervisor import supervise
@@ -118,7 +120,8 @@ def _serve_together(settings: Settings, listener: socket.socket) -> Exception | 
     check_model_settings(settings)
     keys = KeyRing.from_settings(settings.api_keys.get_secret_value(), settings.api_keys_file)
     _announce(settings, listener)
-    return asyncio.run(supervise(settings, listener, keys=len(keys.owners)))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(supervise(settings, listener, keys=len(keys.owners)))
 
 
 def _warn_of_variables(settings: Settings) -> None:

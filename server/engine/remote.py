@@ -46,7 +46,7 @@ _LENGTHS = struct.Struct(">QQ")  # of the pickle and of the waveform, bytes
 _BUFFER_BYTES = 1 << 20
 _NOTHING = np.zeros(0, np.float32)
 _DEADLINE_GRACE_S = 10.0  # for the engine to say itself that it is over
-_POST_INTERVAL_S = 0.02  # of the engine's numbers on the board
+_POST_INTERVAL_S = 0.05  # of the engine's numbers on the board
 _METRICS_TIMEOUT_S = 2.0
 
 
