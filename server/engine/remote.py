@@ -301,7 +301,13 @@ class RemoteEngine:
         except Exception as error:  # noqa: BLE001 - nobody would hear the answers any more
             self._die(error)
 
-    def _hear(self, channel: _Channel, kind: str, key: int, value: Any) -> None:  # noqa: ANN401
+    def _hear(
+        self,
+        channel: _Channel,
+        kind: str,
+        key: int,
+        value: Any,  # noqa: ANN401 - of another type in each kind of message
+    ) -> None:
         if kind == "hello":
             self._hello = value
             self._said_hello.set()
