@@ -260,7 +260,9 @@ class RecordingTranscriber:
 
     def _text_before(self, index: int) -> str:
         """What conditions an excerpt; nothing behind one that looped or was cut off."""
-        if not self._conditioned or not index:
+        if not index:
+            return self._template.previous_text
+        if not self._conditioned:
             return ""
         before = self._parts[index - 1].result
         return before.text if before.finish_reason == "stop" else ""

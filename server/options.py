@@ -19,6 +19,7 @@ class TranscribeOptions:
     Attributes:
         language: ISO 639-1 code of what is spoken; None leaves it to the model.
         prompt: replaces the checkpoint's own.
+        previous_text: what was said just before the recording.
         hotwords: words that are likely to be said.
         condition_on_previous_text: let the model read what it has said of the piece before; the
             pieces of a long recording then follow each other.
@@ -31,6 +32,7 @@ class TranscribeOptions:
 
     language: str | None = None
     prompt: str | None = None
+    previous_text: str = ""
     hotwords: tuple[str, ...] = ()
     condition_on_previous_text: bool = False
     timestamps: Timestamps = "none"

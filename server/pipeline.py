@@ -19,6 +19,7 @@ from server.transcription import Segment, StageTimings, Transcription, Word
 
 if TYPE_CHECKING:
     from server.audio.probe import Probe
+    from server.engine.interface import Capabilities
     from server.longform import Listener, Recording, Transcribed
     from server.options import TranscribeOptions
     from server.runtime import Runtime
@@ -52,15 +53,17 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     """
     uploaded_s = time.monotonic()
     settings, engine, limits = runtime.settings, runtime.engine, runtime.audio_limits
-    _check_additions(options, engine.context_templates)
+    capabilities = engine.capabilities
+    _check_additions(options, capabilities)
     header = probe(data)
     check_header(header, limits)
-    in_flight_s = settings.max_excerpts_in_flight * engine.max_audio_s
+    in_flight_s = settings.max_excerpts_in_flight * capabilities.max_audio_s
     template = EngineRequest(
         id=request_id,
         waveform=np.zeros(0, np.float32),
         audio_s=0.0,
         prompt=options.prompt,
+        previous_text=options.previous_text,
         hotwords=options.hotwords,
         decoding=options.decoding,
         with_words=options.timestamps == "word",
@@ -82,8 +85,8 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
         decoding = runtime.decode_pool.stream(
             data,
             limits,
-            max_clip_s=engine.max_audio_s,
-            max_excerpt_s=min(engine.max_audio_s, settings.max_excerpt_s),
+            max_clip_s=capabilities.max_audio_s,
+            max_excerpt_s=min(capabilities.max_audio_s, settings.max_excerpt_s),
             finds_speech=options.vad,
             places_speech=options.places_text,
         )
@@ -93,18 +96,30 @@ async def transcribe_upload(  # noqa: PLR0913 - what one request consists of
     return transcription
 
 
-def _check_additions(options: TranscribeOptions, taken: frozenset[str]) -> None:
-    """Refuse what the LLM was not trained to find before the audio: it would read it out."""
+def _check_additions(options: TranscribeOptions, capabilities: Capabilities) -> None:
+    """Refuse what the LLM was not trained to find around the audio: it would read it out."""
+    check_prompt(options.prompt, capabilities)
+    taken = capabilities.context_templates
     if options.hotwords and "hotwords" not in taken:
         raise InvalidRequestError(
             "this checkpoint takes no hotwords: that needs a CTC head, and training with such "
             "lists before the audio",
             param="hotwords",
         )
-    if options.condition_on_previous_text and "previous_text" not in taken:
+    for param in ("condition_on_previous_text", "previous_text"):
+        if getattr(options, param) and "previous_text" not in taken:
+            raise InvalidRequestError(
+                "this checkpoint takes no previous text: that needs training with it before the "
+                "audio",
+                param=param,
+            )
+
+
+def check_prompt(prompt: str | None, capabilities: Capabilities) -> None:
+    """Raise InvalidRequestError where a checkpoint that knows no questions is asked one."""
+    if prompt is not None and not capabilities.takes_prompt:
         raise InvalidRequestError(
-            "this checkpoint takes no previous text: that needs training with it before the audio",
-            param="condition_on_previous_text",
+            "this checkpoint takes no prompt: it was trained without one", param="prompt"
         )
 
 

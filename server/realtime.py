@@ -539,7 +539,7 @@ class RealtimeSession:
 
     def _cut(self, waveform: NDArray[np.float32]) -> list[Excerpt | Progress]:
         """Cut as an upload is cut."""
-        whole_samples = int(self._engine.max_audio_s * SAMPLE_RATE_HZ)
+        whole_samples = int(self._engine.capabilities.max_audio_s * SAMPLE_RATE_HZ)
         return list(
             excerpts([waveform], whole_samples=whole_samples, max_samples=self._piece_samples)
         )
@@ -547,7 +547,9 @@ class RealtimeSession:
     @property
     def _piece_samples(self) -> int:
         """Longest piece of what is cut."""
-        return int(min(self._engine.max_audio_s, self._limits.max_piece_s) * SAMPLE_RATE_HZ)
+        return int(
+            min(self._engine.capabilities.max_audio_s, self._limits.max_piece_s) * SAMPLE_RATE_HZ
+        )
 
     async def _transcribe(
         self, item: _Item, waveform: NDArray[np.float32], *, is_cut: bool = False

@@ -7,9 +7,10 @@ what holds.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from server.engine.decoding import MAX_BEAMS, Decoding
 from server.errors import InvalidRequestError, LanguageUnsupportedError
@@ -19,9 +20,12 @@ from server.transcription import Timestamps
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from server.engine.interface import Capabilities
+
 MAX_PROMPT_CHARACTERS = 1000
 MAX_HOTWORDS = 100
 MAX_HOTWORD_CHARACTERS = 50
+_LANGUAGE_PATTERN = "^[a-z]{2,3}$"
 _MAX_DEADLINE_MS = 24 * 3600 * 1000
 _VAD_FIELDS = ("threshold", "prefix_padding_ms", "silence_duration_ms")
 
@@ -38,7 +42,17 @@ def _present(value: str) -> str:
 
 
 _Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), BeforeValidator(_present)]
-_Language = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
+
+
+def _language_code(value: str) -> str:
+    if not re.fullmatch(_LANGUAGE_PATTERN, value):
+        raise ValueError(f"a language is named by its ISO 639-1 code, such as en; got {value!r}")
+    return value
+
+
+_Language = Annotated[
+    str, AfterValidator(_language_code), Field(json_schema_extra={"pattern": _LANGUAGE_PATTERN})
+]
 
 
 class TranscribeForm(BaseModel):
@@ -54,7 +68,8 @@ class TranscribeForm(BaseModel):
     )
     prompt: _Prompt | None = Field(
         None,
-        description="What to ask the model, in place of the prompt that it was trained with.",
+        description="What to ask the model, in place of the prompt that it was trained with; one "
+        "that was trained without is asked nothing.",
         examples=["Transcribe the speech."],
     )
     hotwords: str | None = Field(
@@ -63,6 +78,13 @@ class TranscribeForm(BaseModel):
         f"{MAX_HOTWORDS} of at most {MAX_HOTWORD_CHARACTERS} characters. Those that sound like "
         "something in the recording are put before the audio. For checkpoints trained so.",
         examples=["Ulaanbaatar, Sükhbaatar"],
+    )
+    previous_text: str | None = Field(
+        None,
+        max_length=MAX_PROMPT_CHARACTERS,
+        description="What was said just before the recording; of a long one only its end is read. "
+        "For checkpoints trained so.",
+        examples=["We were talking about Ulaanbaatar."],
     )
     condition_on_previous_text: bool = Field(
         False,
@@ -124,16 +146,16 @@ class TranscribeForm(BaseModel):
         True, description="Leave out what is no speech before the model hears it.", examples=[True]
     )
 
-    def options(self, languages: Sequence[str]) -> TranscribeOptions:
+    def options(self, capabilities: Capabilities) -> TranscribeOptions:
         """Return what is asked for.
 
         Args:
-            languages: that the checkpoint names; empty where it names none.
+            capabilities: of the checkpoint.
 
         Raises:
             RequestError: a value that cannot be, or two that cannot be together.
         """
-        check_languages([self.language] if self.language else [], languages)
+        check_languages([self.language] if self.language else [], capabilities.languages)
         if self.stream and self.response_format != "json":
             raise _streams_json_only()
         if self.stream and self.progress:
@@ -149,6 +171,7 @@ class TranscribeForm(BaseModel):
         return TranscribeOptions(
             language=self.language,
             prompt=self.prompt,
+            previous_text=self.previous_text or "",
             hotwords=split_hotwords((self.hotwords or "").replace("\n", ",").split(",")),
             condition_on_previous_text=self.condition_on_previous_text,
             timestamps=timestamps,
@@ -190,8 +213,10 @@ class OpenAIForm(BaseModel):
     prompt: str | None = Field(
         None,
         max_length=MAX_PROMPT_CHARACTERS,
-        description="What to ask the model, in place of the prompt that it was trained with.",
-        examples=["Transcribe the speech."],
+        description="What was said before, for checkpoints trained to read that (what does not fit "
+        "is cut off at its beginning); for others what to ask the model, in place of the prompt "
+        "that they were trained with.",
+        examples=["We were talking about Ulaanbaatar."],
     )
     keywords: list[str] | None = Field(
         None,
@@ -242,17 +267,17 @@ class OpenAIForm(BaseModel):
         """Whether json lists log-probabilities."""
         return bool(self.include)
 
-    def options(self, languages: Sequence[str]) -> TranscribeOptions:
+    def options(self, capabilities: Capabilities) -> TranscribeOptions:
         """Return what is asked for.
 
         Args:
-            languages: that the checkpoint names; empty where it names none.
+            capabilities: of the checkpoint.
 
         Raises:
             RequestError: a value that cannot be, or two that cannot be together.
         """
         asked = [each for each in [self.language, *(self.languages or ())] if each]
-        check_languages(asked, languages)
+        check_languages(asked, capabilities.languages)
         if self.stream and self.response_format != "json":
             raise _streams_json_only()
         if self.logprobs and self.response_format != "json":
@@ -268,9 +293,12 @@ class OpenAIForm(BaseModel):
             timestamps = "word"
         elif self.response_format == "verbose_json":
             timestamps = "segment"
+        prompt = self.prompt if (self.prompt or "").strip() else None
+        continues = "previous_text" in capabilities.context_templates
         return TranscribeOptions(
             language=asked[0] if len(asked) == 1 else None,
-            prompt=self.prompt if (self.prompt or "").strip() else None,
+            prompt=None if continues else prompt,
+            previous_text=(prompt or "") if continues else "",
             hotwords=split_hotwords(self.keywords or ()),
             timestamps=timestamps,
             decoding=Decoding(

@@ -58,7 +58,7 @@ async def create_transcription(request: Request, caller: CallerDependency) -> Re
     form = parse_form(OpenAIForm, fold_chunking(upload.fields))
     if form.model is not None:
         runtime.require_model(form.model)
-    options = form.options(runtime.engine.languages)
+    options = form.options(runtime.engine.capabilities)
     if form.stream:
         return await events.stream_events(
             request,

@@ -38,6 +38,7 @@ from server.errors import (
 )
 from server.keys import ANONYMOUS
 from server.log import structured
+from server.pipeline import check_prompt
 from server.realtime import RealtimeSession, SessionConfig, SessionLimits
 
 if TYPE_CHECKING:
@@ -304,7 +305,9 @@ class _Connection:
 
     def _configure(self, config: SessionConfig) -> None:
         asked = [config.language] if config.language is not None else []
-        check_languages(asked, self._runtime.engine.languages)
+        capabilities = self._runtime.engine.capabilities
+        check_languages(asked, capabilities.languages)
+        check_prompt(config.prompt, capabilities)
         self.session.configure(config)
         self._send_session("session.updated")
 

@@ -60,7 +60,7 @@ async def transcribe(request: Request, caller: CallerDependency) -> Response:
     """
     upload = await caller.receive(takes_raw=True)
     form = parse_form(TranscribeForm, _merge(request, upload))
-    options = form.options(caller.runtime.engine.languages)
+    options = form.options(caller.runtime.engine.capabilities)
     if len(upload.recordings) > 1:
         _check_many(form)
         work = _transcribe_many(caller, upload.recordings, form, options)

@@ -41,8 +41,9 @@ def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
 
     parameters = []
     for name, field in Settings.model_fields.items():
+        flag = flag_of(name)
         option = typer.Option(
-            flag_of(name),
+            f"{flag}/--no-{flag.removeprefix('--')}" if field.annotation is bool else flag,
             help=f"{field.description} \\[env: {variable_of(name)}]",
             show_default=str(field.default),
         )
@@ -60,7 +61,7 @@ def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
 
 def _flag_type(annotation: Any) -> Any:  # noqa: ANN401 - a type expression
     """Return the type Typer parses; choices stay texts, which the settings check."""
-    return annotation if annotation in {int, float, str} else str
+    return annotation if annotation in {int, float, str, bool} else str
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -164,5 +165,6 @@ def _announce(settings: Settings, listener: socket.socket) -> None:
     host = settings.host if ":" not in settings.host else f"[{settings.host}]"
     url = f"http://{host}:{listener.getsockname()[1]}"
     typer.echo(f"Serving {settings.model} at {url} once the model is loaded ({url}/health/ready)")
-    typer.echo(f"Try it:  curl -F file=@recording.wav {url}/transcribe")
+    typer.echo(f"Try it: curl -F file=@recording.wav {url}/transcribe")
+    typer.echo(f"In a browser: {url}")
     typer.echo(f"The API: {url}/docs")

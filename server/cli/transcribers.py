@@ -117,7 +117,7 @@ class _InProcess:
     def __init__(self, runtime: Runtime, form: TranscribeForm) -> None:
         self._runtime = runtime
         self._form = form
-        self._options = form.options(runtime.engine.languages)
+        self._options = form.options(runtime.engine.capabilities)
 
     async def __call__(self, name: str, data: bytes, on_advance: OnAdvance, /) -> str:
         from server.api.answers import FILE_FORMATS

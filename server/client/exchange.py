@@ -53,6 +53,7 @@ class Options(TypedDict, total=False):
     language: str
     prompt: str
     hotwords: Sequence[str]
+    previous_text: str
     condition_on_previous_text: bool
     timestamps: Timestamps
     temperature: float

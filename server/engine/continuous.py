@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from server.engine.admission import Admission, Ticket
     from server.engine.interface import (
+        Capabilities,
         EngineRequest,
         EngineResult,
         Guards,
@@ -82,25 +83,11 @@ class ContinuousEngine:
         self._draining = False
 
     @property
-    def max_audio_s(self) -> float:
-        """Longest clip, seconds."""
+    def capabilities(self) -> Capabilities:
+        """What the checkpoint can be asked for."""
         if self._core is None:
             raise NotReadyError("the model is not loaded")
-        return self._core.runner.max_audio_s
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """What the checkpoint names."""
-        if self._core is None:
-            raise NotReadyError("the model is not loaded")
-        return self._core.runner.languages
-
-    @property
-    def context_templates(self) -> frozenset[str]:
-        """What the checkpoint can make use of before the audio."""
-        if self._core is None:
-            raise NotReadyError("the model is not loaded")
-        return self._core.runner.context_templates
+        return self._core.runner.capabilities
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text."""

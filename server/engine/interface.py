@@ -232,20 +232,35 @@ NO_GUARDS = Guards(loops=False, silence=False)
 """The model's own answers, as `generate` gives them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a checkpoint can be asked for.
+
+    Attributes:
+        max_audio_s: longest clip, seconds.
+        languages: ISO 639-1 codes that it names; empty where it names none.
+        context_templates: what it was trained to read before the audio: `hotwords`,
+            `previous_text`.
+        takes_prompt: whether it was trained with a question behind the audio, and may be asked
+            another.
+    """
+
+    max_audio_s: float
+    languages: tuple[str, ...] = ()
+    context_templates: frozenset[str] = frozenset()
+    takes_prompt: bool = True
+
+
 class Engine(Protocol):
     """Turns waveforms into transcripts, many at a time. Methods run on one event loop."""
 
     @property
-    def max_audio_s(self) -> float:
-        """Longest clip, seconds; known after `start`."""
+    def capabilities(self) -> Capabilities:
+        """What the checkpoint can be asked for.
 
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
-
-    @property
-    def context_templates(self) -> frozenset[str]:
-        """What the checkpoint can make use of before the audio: `hotwords`, `previous_text`."""
+        Raises:
+            NotReadyError: it is not loaded yet.
+        """
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8; a character may need several tokens."""
@@ -327,16 +342,8 @@ class Runner(Protocol):
     """
 
     @property
-    def max_audio_s(self) -> float:
-        """Longest clip, seconds."""
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
-
-    @property
-    def context_templates(self) -> frozenset[str]:
-        """What the checkpoint can make use of before the audio: `hotwords`, `previous_text`."""
+    def capabilities(self) -> Capabilities:
+        """What the checkpoint can be asked for."""
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8. Unlike the rest, called from any thread."""

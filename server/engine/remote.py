@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from server.board import Board
     from server.engine.admission import Admission, Ticket
-    from server.engine.interface import Engine, EngineRequest, EngineResult, Piece
+    from server.engine.interface import Capabilities, Engine, EngineRequest, EngineResult, Piece
 
 _log = logging.getLogger(__name__)
 
@@ -48,15 +48,6 @@ _NOTHING = np.zeros(0, np.float32)
 _DEADLINE_GRACE_S = 10.0  # for the engine to say itself that it is over
 _POST_INTERVAL_S = 0.05  # of the engine's numbers on the board
 _METRICS_TIMEOUT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Hello:
-    """What does not change once a model is loaded."""
-
-    max_audio_s: float
-    languages: tuple[str, ...]
-    context_templates: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +125,8 @@ class RemoteEngine:
         self._own_metrics = own_metrics
         self._channel: _Channel | None = None
         self._listening: asyncio.Task[None] | None = None
-        self._hello: _Hello | None = None
-        self._said_hello = asyncio.Event()
+        self._capabilities: Capabilities | None = None
+        self._loaded = asyncio.Event()
         self._death: asyncio.Future[Exception] | None = None
         self._waiting: dict[int, _Waiting] = {}
         self._keys = itertools.count()
@@ -145,25 +136,11 @@ class RemoteEngine:
         self._draining = False
 
     @property
-    def _known(self) -> _Hello:
-        if self._hello is None:
+    def capabilities(self) -> Capabilities:
+        """What the checkpoint can be asked for."""
+        if self._capabilities is None:
             raise NotReadyError("the model is not loaded")
-        return self._hello
-
-    @property
-    def max_audio_s(self) -> float:
-        """Longest clip, seconds."""
-        return self._known.max_audio_s
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """What the checkpoint names."""
-        return self._known.languages
-
-    @property
-    def context_templates(self) -> frozenset[str]:
-        """What the checkpoint can make use of before the audio."""
-        return self._known.context_templates
+        return self._capabilities
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token of an answer that was given adds to its text."""
@@ -174,12 +151,12 @@ class RemoteEngine:
         self._death = asyncio.get_running_loop().create_future()
         self._channel = await _Channel.over(self._end)
         self._listening = asyncio.create_task(self._listen(self._channel))
-        hello = asyncio.ensure_future(self._said_hello.wait())
-        ends: list[asyncio.Future[Any]] = [hello, self._death]
+        loaded = asyncio.ensure_future(self._loaded.wait())
+        ends: list[asyncio.Future[Any]] = [loaded, self._death]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            hello.cancel()
+            loaded.cancel()
         if self._death.done():
             raise self._death.result()
 
@@ -308,9 +285,9 @@ class RemoteEngine:
         key: int,
         value: Any,  # noqa: ANN401 - of another type in each kind of message
     ) -> None:
-        if kind == "hello":
-            self._hello = value
-            self._said_hello.set()
+        if kind == "loaded":
+            self._capabilities = value
+            self._loaded.set()
         elif kind == "died":
             self._die(RuntimeError(value))
         elif kind == "collect":
@@ -372,7 +349,7 @@ class EngineHost:
         self._channels: dict[_Channel, bytes] = {}
         """Of the front ends, and the metrics that each was last seen with."""
         self._ended: list[bytes] = []
-        self._hello: _Hello | None = None
+        self._capabilities: Capabilities | None = None
         self._replies: dict[int, asyncio.Future[bytes]] = {}
         self._keys = itertools.count()
         self._posting: asyncio.Task[None] | None = None
@@ -385,11 +362,10 @@ class EngineHost:
         except Exception as error:
             self.die(error)
             raise
-        engine = self._engine
-        self._hello = _Hello(engine.max_audio_s, engine.languages, engine.context_templates)
+        self._capabilities = self._engine.capabilities
         self._post_once()
         for channel in self._channels:
-            channel.send("hello", 0, self._hello)
+            channel.send("loaded", 0, self._capabilities)
 
     def die(self, error: Exception) -> None:
         """Tell the front ends that there will be no engine any more."""
@@ -407,8 +383,8 @@ class EngineHost:
         """Serve one front end until it goes; what it waited for is cancelled then."""
         channel = await _Channel.over(end)
         self._channels[channel] = b""
-        if self._hello is not None:
-            channel.send("hello", 0, self._hello)
+        if self._capabilities is not None:
+            channel.send("loaded", 0, self._capabilities)
         tasks: dict[int, asyncio.Task[None]] = {}
         try:
             while True:

@@ -31,7 +31,7 @@ from model.processing import previous_text_tail, token_budget
 from model.transcription import Transcriber, identify_language
 from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
-from server.engine.interface import Heard, Plan, StartReport
+from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
 from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
@@ -172,20 +172,15 @@ class SpeechRunner:
         )
 
     @property
-    def max_audio_s(self) -> float:
-        """Longest clip, seconds."""
-        return float(self._config.max_audio_s)
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """ISO 639-1 codes that the checkpoint names; empty where it names none."""
-        return tuple(self._config.languages or ())
-
-    @property
-    def context_templates(self) -> frozenset[str]:
-        """What the checkpoint can make use of before the audio; hotwords need a CTC head too."""
+    def capabilities(self) -> Capabilities:
+        """What the checkpoint can be asked for; hotwords need a CTC head."""
         deaf = {"hotwords"} if self._model.ctc_head is None else set()
-        return frozenset(self._processor.context_templates) - deaf
+        return Capabilities(
+            max_audio_s=float(self._config.max_audio_s),
+            languages=tuple(self._config.languages or ()),
+            context_templates=frozenset(self._processor.context_templates) - deaf,
+            takes_prompt=bool(self._processor.prompt.strip()),
+        )
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
         """What each token adds to a text, in UTF-8; safe beside the device's thread."""
@@ -239,7 +234,7 @@ class SpeechRunner:
             decoding: how to choose its tokens.
             with_words: keep what places its text in time, if the checkpoint has a CTC head.
             hotwords: those that are heard stand before the audio when the clip is encoded; for
-                checkpoints whose `context_templates` say so.
+                checkpoints whose `capabilities` say so.
             previous_text: of which the end stands before the audio; likewise.
 
         Raises:
@@ -477,7 +472,9 @@ class SpeechRunner:
 
     def _try(self, lengths_s: Sequence[float]) -> None:
         rng = np.random.default_rng(0)
-        sizes = [int(min(length_s, self.max_audio_s) * SAMPLE_RATE_HZ) for length_s in lengths_s]
+        sizes = [
+            int(min(length_s, self._config.max_audio_s) * SAMPLE_RATE_HZ) for length_s in lengths_s
+        ]
         clips = [rng.normal(0, 0.01, size).astype(np.float32) for size in sizes]
         rows = slice(len(self._rows), len(self._rows) + len(clips))
         self.start([self.plan(clip) for clip in clips])
@@ -490,10 +487,10 @@ class SpeechRunner:
 
     def _slot_tokens(self) -> int:
         """Longest sequence: the longest clip's, and room for a request's own prompt."""
-        frame_lens = mel_frame_lens(torch.tensor([int(self.max_audio_s * SAMPLE_RATE_HZ)]))
+        frame_lens = mel_frame_lens(torch.tensor([int(self._config.max_audio_s * SAMPLE_RATE_HZ)]))
         audio_lens = self._processor.audio_lens(frame_lens).tolist()
         prompt = self._processor.sequences(audio_lens)["input_ids"].shape[1]
-        wanted = prompt + token_budget(self._config, self.max_audio_s) + PROMPT_ROOM_TOKENS
+        wanted = prompt + token_budget(self._config, self._config.max_audio_s) + PROMPT_ROOM_TOKENS
         limit: int | None = getattr(self._llm.config, "max_position_embeddings", None)
         return wanted if limit is None else min(wanted, limit)
 

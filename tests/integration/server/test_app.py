@@ -13,7 +13,7 @@ from server.app import create_app
 from server.audio.decode import decode
 from server.audio.limits import AudioLimits
 from server.engine.admission import Admission
-from server.engine.interface import EngineResult, EngineStats
+from server.engine.interface import Capabilities, EngineResult, EngineStats
 from server.errors import QueueFullError
 from server.settings import Settings
 from tests.integration.server.serving import error_of, serving, until_ready, upload
@@ -230,9 +230,7 @@ async def test_each_request_leaves_one_log_line(client, caplog):
 class HeldEngine:
     """Starts when told, and fails or refuses as told."""
 
-    max_audio_s = 30.0
-    languages = ()
-    context_templates = frozenset()
+    capabilities = Capabilities(max_audio_s=30.0)
 
     def __init__(self):
         self.may_start = asyncio.Event()

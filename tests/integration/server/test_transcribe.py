@@ -13,7 +13,7 @@ import webvtt
 
 from server.engine.admission import Admission
 from server.engine.decoding import Token
-from server.engine.interface import EngineResult, EngineStats, Piece
+from server.engine.interface import Capabilities, EngineResult, EngineStats, Piece
 from server.errors import InferenceFailedError
 from server.settings import Settings
 from tests.integration.server.serving import error_of, serving, until_ready, upload
@@ -283,9 +283,7 @@ async def test_other_origins_may_not_call_unless_they_are_named(client, settings
 class ScriptedEngine:
     """Tells pieces, then fails, answers or waits, as told."""
 
-    max_audio_s = 30.0
-    languages = ()
-    context_templates = frozenset()
+    capabilities = Capabilities(max_audio_s=30.0)
 
     def __init__(self, pieces, end="stop"):
         self.pieces = pieces
@@ -351,7 +349,7 @@ async def test_a_stream_that_fails_midway_says_so_and_does_not_end_well(error, c
 
 async def test_a_stream_of_a_long_recording_says_how_far_it_is():
     engine = ScriptedEngine(["word"])
-    engine.max_audio_s = 2.0
+    engine.capabilities = Capabilities(max_audio_s=2.0)
     recording = upload(encode(speechlike(6.0)))
     async with serving(Settings(decode_workers=1), engine) as client:
         await until_ready(client)
@@ -404,7 +402,7 @@ async def test_behind_its_progress_comes_the_plain_answer_whatever_was_asked(cli
 
 async def test_of_a_long_recording_its_progress_is_told_without_its_text():
     engine = ScriptedEngine(["word"])
-    engine.max_audio_s = 2.0
+    engine.capabilities = Capabilities(max_audio_s=2.0)
     async with serving(Settings(decode_workers=1), engine) as client:
         await until_ready(client)
         response = await ask(client, encode(speechlike(6.0)), progress="true")
@@ -419,7 +417,19 @@ async def test_progress_that_fails_before_its_first_event_has_a_status(client):
     assert (response.status_code, error_of(response)["code"]) == (415, "audio_unrecognised")
 
 
-@pytest.mark.parametrize("field", ["hotwords", "condition_on_previous_text"])
+async def test_a_checkpoint_without_a_prompt_is_asked_nothing():
+    engine = ScriptedEngine(["word"])
+    engine.capabilities = Capabilities(max_audio_s=30.0, takes_prompt=False)
+    async with serving(Settings(decode_workers=1), engine) as client:
+        await until_ready(client)
+        for path in ("/transcribe", "/v1/audio/transcriptions"):
+            response = await client.post(path, **upload(CLIP), data={"prompt": "What?"})
+            assert response.status_code == 400
+            assert error_of(response)["param"] == "prompt"
+        assert engine.submitted == []
+
+
+@pytest.mark.parametrize("field", ["hotwords", "previous_text", "condition_on_previous_text"])
 async def test_what_the_checkpoint_was_not_trained_with_is_refused(client, field):
     response = await ask(client, **{field: "true"})
     assert response.status_code == 400

@@ -85,7 +85,9 @@ class Decoding:
 
 
 class Bench:
-    def __init__(self, *, in_flight=3, places=2, timeout_s=60.0, latest_s=None, **options):
+    def __init__(
+        self, *, in_flight=3, places=2, timeout_s=60.0, latest_s=None, previous_text="", **options
+    ):
         self.engine = ScriptedEngine()
         self.admission = Admission(max_requests=100, max_audio_s=1000.0)
         self.ticket = self.admission.take(120.0)
@@ -94,7 +96,7 @@ class Bench:
         self.deadline = Deadline(now_s + timeout_s, None if latest_s is None else now_s + latest_s)
         self.transcriber = RecordingTranscriber(
             self.engine,
-            EngineRequest("job", np.zeros(0, np.float32), 0.0),
+            EngineRequest("job", np.zeros(0, np.float32), 0.0, previous_text=previous_text),
             self.deadline,
             in_flight=in_flight,
             ticket=self.ticket,
@@ -242,6 +244,14 @@ async def test_unconditioned_excerpts_have_no_text_before_them():
     bench = Bench()
     await bench.run(Decoding(3))
     assert {request.previous_text for request in bench.engine.requests} == {""}
+
+
+async def test_what_was_said_before_a_recording_stands_before_its_first_excerpt():
+    for conditioned in (False, True):
+        bench = Bench(conditioned=conditioned, previous_text="earlier")
+        await bench.run(Decoding(2))
+        given = [request.previous_text for request in bench.engine.requests]
+        assert given == ["earlier", "word0" if conditioned else ""]
 
 
 async def test_a_long_recording_tells_how_far_it_is_done():

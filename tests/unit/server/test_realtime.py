@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from server.audio.turns import VadOptions
 from server.engine.admission import Admission
-from server.engine.interface import EngineResult
+from server.engine.interface import Capabilities, EngineResult
 from server.errors import (
     BufferEmptyError,
     BufferFullError,
@@ -48,8 +48,7 @@ def transcript(waveform):
 
 
 class ScriptedEngine:
-    max_audio_s = 4.0
-    languages = ()
+    capabilities = Capabilities(max_audio_s=4.0)
 
     def __init__(self, answer=transcript):
         self.answer = answer

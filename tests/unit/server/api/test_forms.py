@@ -7,18 +7,19 @@ from hypothesis import strategies as st
 
 from server.api.forms import OpenAIForm, TranscribeForm, fold_chunking, parse_form
 from server.engine.decoding import Decoding
+from server.engine.interface import Capabilities
 from server.errors import InvalidRequestError, LanguageUnsupportedError, RequestError
 from server.options import TranscribeOptions
 
-LANGUAGES = ("en", "mn")
+CAPABILITIES = Capabilities(max_audio_s=30.0, languages=("en", "mn"))
 
 
 def own(**fields):
-    return parse_form(TranscribeForm, fields.items()).options(LANGUAGES)
+    return parse_form(TranscribeForm, fields.items()).options(CAPABILITIES)
 
 
 def openai(*fields):
-    return parse_form(OpenAIForm, fold_chunking(fields)).options(LANGUAGES)
+    return parse_form(OpenAIForm, fold_chunking(fields)).options(CAPABILITIES)
 
 
 def test_nothing_said_is_the_default():
@@ -29,12 +30,22 @@ def test_nothing_said_is_the_default():
 def test_every_field_reaches_the_options():
     options = own(
         language="mn", prompt="Юу вэ?", hotwords="Дорж, Bat\nBat,", timestamps="word",
+        previous_text="Өмнө",
         num_beams="4", n_best="2", logprobs="true", deadline_ms="1500", vad="false",
     )  # fmt: skip
     assert options == TranscribeOptions(
         language="mn", prompt="Юу вэ?", hotwords=("Дорж", "Bat"), timestamps="word",
+        previous_text="Өмнө",
         decoding=Decoding(num_beams=4, n_best=2, logprobs=True), vad=False, deadline_s=1.5,
     )  # fmt: skip
+
+
+def test_openais_prompt_is_the_text_before_where_the_checkpoint_reads_that():
+    reader = Capabilities(30.0, context_templates=frozenset({"previous_text"}))
+    form = parse_form(OpenAIForm, [("prompt", "So he left.")])
+    assert form.options(reader) == TranscribeOptions(previous_text="So he left.")
+    assert form.options(CAPABILITIES) == TranscribeOptions(prompt="So he left.")
+    assert parse_form(OpenAIForm, [("prompt", " ")]).options(reader) == TranscribeOptions()
 
 
 def test_n_best_brings_as_many_beams():
@@ -106,7 +117,10 @@ def test_a_language_that_the_checkpoint_does_not_name_is_refused_with_those_that
     with pytest.raises(LanguageUnsupportedError, match="en, mn") as raised:
         own(language="de")
     assert raised.value.param == "language"
-    assert parse_form(TranscribeForm, [("language", "de")]).options(()).language == "de"
+    assert (
+        parse_form(TranscribeForm, [("language", "de")]).options(Capabilities(30.0)).language
+        == "de"
+    )
 
 
 def test_the_sdks_lists_and_objects_are_understood():
@@ -118,7 +132,7 @@ def test_the_sdks_lists_and_objects_are_understood():
     ]  # fmt: skip
     form = parse_form(OpenAIForm, fold_chunking(fields))
     assert (form.words, form.segments) == (True, True)
-    options = form.options(LANGUAGES)
+    options = form.options(CAPABILITIES)
     assert (options.language, options.timestamps) == ("en", "word")
     assert options.hotwords == ("Дорж", "Bat")
 
@@ -171,7 +185,7 @@ NAMES = st.sampled_from([*TranscribeForm.model_fields, *OpenAIForm.model_fields,
 def test_any_fields_are_options_or_a_refusal(fields):
     for form in (TranscribeForm, OpenAIForm):
         with contextlib.suppress(RequestError):
-            options = parse_form(form, fold_chunking(fields)).options(LANGUAGES)
+            options = parse_form(form, fold_chunking(fields)).options(CAPABILITIES)
             assert isinstance(options, TranscribeOptions)
 
 

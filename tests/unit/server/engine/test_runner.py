@@ -370,7 +370,7 @@ def test_hotwords_need_a_ctc_head(tmp_path):
     make_tiny_checkpoint(tmp_path / "deaf", ctc="none")
     deaf = Transcriber.from_pretrained(tmp_path / "deaf", device="cpu")
     deaf.processor.context_templates = {"previous_text": "<{}> ", "hotwords": "[{}] "}
-    assert SpeechRunner(deaf, max_slots=1).context_templates == {"previous_text"}
+    assert SpeechRunner(deaf, max_slots=1).capabilities.context_templates == {"previous_text"}
 
 
 def test_room_is_kept_for_the_longest_list_of_hotwords(tiny):
