@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.core import EngineCore, Outcome
+from server.engine.intake import Gate, Pending, end_all
 from server.engine.interface import ALL_GUARDS, EngineStats
 from server.errors import (
     DeadlineExceededError,
@@ -22,7 +23,8 @@ from server.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from server.engine.admission import Admission, Ticket
     from server.engine.interface import (
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
         EngineResult,
         Guards,
         IterationReport,
-        Piece,
         Runner,
     )
     from server.engine.scheduler import ScheduleLimits
@@ -71,16 +72,15 @@ class ContinuousEngine:
         self._guards = guards
         self._on_iteration = on_iteration
         self._admission = admission
-        self._entries: dict[int, _Entry] = {}
+        # Whoever waits leaves by itself, and takes its request out of the core, too.
+        self._waiting: dict[int, _Submitted] = {}
         self._keys = itertools.count()
         self._thread: _DeviceThread | None = None
         self._core: EngineCore | None = None
         self._restarts = 0
         self._restarting: asyncio.Task[None] | None = None
         self._death: asyncio.Future[Exception] | None = None
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._draining = False
+        self._gate = Gate(admission)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -103,7 +103,7 @@ class ContinuousEngine:
     async def _launch(self) -> None:
         self._thread = _DeviceThread(self._make_core, self._deliver, self._on_death)
         self._core = await self._thread.start()
-        if self._draining:
+        if not self._gate.is_open:
             self._thread.post(EngineCore.hurry)
 
     def _make_core(self) -> EngineCore:
@@ -116,25 +116,14 @@ class ContinuousEngine:
             on_iteration=self._on_iteration,
         )
 
-    @contextlib.contextmanager
-    def admit(self, audio_s: float) -> Iterator[Ticket]:
+    def admit(self, audio_s: float) -> AbstractContextManager[Ticket]:
         """Hold a ticket."""
-        if self._draining:
-            raise ShuttingDownError("the server is shutting down")
         core = self._core
-        self._admission.check(
+        return self._gate.admit(
             audio_s,
             running=core.running if core else 0,
             running_audio_s=core.running_audio_s if core else 0.0,
         )
-        ticket = self._admission.take(audio_s)
-        self._empty.clear()
-        try:
-            yield ticket
-        finally:
-            ticket.give_back()
-            if self._admission.is_empty:
-                self._empty.set()
 
     async def submit(self, request: EngineRequest) -> EngineResult:
         """Queue a clip and wait for its transcript."""
@@ -142,7 +131,7 @@ class ContinuousEngine:
         if self._core is None or thread is None:
             raise NotReadyError("the engine is not running")
         key = next(self._keys)
-        entry = self._entries[key] = _Entry(request)
+        waiting = self._waiting[key] = _Submitted(request)
         arrived_s = time.monotonic()
         thread.post(lambda core: core.submit(key, request, arrived_s))
         patience_s = None
@@ -151,32 +140,34 @@ class ContinuousEngine:
         try:
             # The device's thread answers at the deadline, unless it hangs.
             async with asyncio.timeout(patience_s):
-                return await entry.answer
+                answer: EngineResult = await waiting.answer
+                return answer
         except TimeoutError as error:
             raise DeadlineExceededError("the device did not answer in time") from error
         finally:
             # Still there: the client left, or it was refused from here.
-            if self._entries.pop(key, None) is not None:
+            if self._waiting.pop(key, None) is not None:
                 thread.post(lambda core: core.cancel(key))
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what is admitted; after `timeout_s`, refuse the rest."""
-        self._draining = True
+        self._gate.close()
         if self._thread is not None:
             self._thread.post(EngineCore.hurry)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._empty.wait()
-        self._refuse_all(ShuttingDownError("the server shut down before this request was done"))
+        await self._gate.wait_until_empty(timeout_s)
+        end_all(
+            self._waiting.values(),
+            ShuttingDownError("the server shut down before this request was done"),
+        )
 
     async def stop(self) -> None:
         """End after the running iteration, and wait for the device's thread, but not for ever."""
-        self._draining = True
+        self._gate.close()
         if self._restarting is not None:
             self._restarting.cancel()
             await asyncio.wait([self._restarting])
         self._core = None
-        self._refuse_all(ShuttingDownError("the server is shutting down"))
+        end_all(self._waiting.values(), ShuttingDownError("the server is shutting down"))
         if self._thread is not None:
             await self._thread.stop()
 
@@ -203,23 +194,23 @@ class ContinuousEngine:
 
     def _deliver(self, outcome: Outcome) -> None:
         for key, piece in outcome.pieces:
-            if (entry := self._entries.get(key)) is not None:
-                entry.tell(piece)
+            if (waiting := self._waiting.get(key)) is not None:
+                waiting.tell(piece)
         finished_s = 0.0
         for key, answer in outcome.answers:
             # Gone: its client has left meanwhile.
-            if (entry := self._entries.pop(key, None)) is None:
+            if (waiting := self._waiting.pop(key, None)) is None:
                 continue
-            entry.end(answer)
+            waiting.end(answer)
             # Silence took no work, and says nothing of how fast work is done.
             if not isinstance(answer, ServerError) and answer.batch_size:
-                finished_s += entry.request.audio_s
+                finished_s += waiting.audio_s
         self._admission.rate.record(audio_s=finished_s, busy_s=outcome.busy_s)
 
     def _on_death(self, error: Exception) -> None:
         """Answer everybody; start again once."""
         self._core = None
-        self._refuse_all(InferenceFailedError("the engine has died"))
+        end_all(self._waiting.values(), InferenceFailedError("the engine has died"))
         if self._restarts < _MAX_RESTARTS:
             self._restarts += 1
             self._restarting = asyncio.create_task(self._restart())
@@ -238,34 +229,13 @@ class ContinuousEngine:
         if self._death is not None and not self._death.done():
             self._death.set_result(error)
 
-    def _refuse_all(self, error: ServerError) -> None:
-        # The entries stay: whoever waits for them takes them out of the core, too.
-        for entry in self._entries.values():
-            entry.end(error)
 
-
-class _Entry:
-    """A submitted request and where its answer goes."""
+class _Submitted(Pending):
+    """A request in the core."""
 
     def __init__(self, request: EngineRequest) -> None:
-        self.request = request
-        self.answer: asyncio.Future[EngineResult] = asyncio.get_running_loop().create_future()
-
-    def tell(self, piece: Piece) -> None:
-        if self.request.on_piece is None or self.answer.done():
-            return
-        try:
-            self.request.on_piece(piece)
-        except Exception as error:  # noqa: BLE001 - it ends the listener's own request
-            self.answer.set_exception(error)
-
-    def end(self, answer: EngineResult | ServerError) -> None:
-        if self.answer.done():
-            return
-        if isinstance(answer, ServerError):
-            self.answer.set_exception(answer)
-        else:
-            self.answer.set_result(answer)
+        super().__init__(request.on_piece)
+        self.audio_s = request.audio_s
 
 
 class _DeviceThread:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from server.engine.intake import Gate, Pending, end_all
 from server.engine.interface import EngineStats
 from server.errors import (
     DeadlineExceededError,
@@ -34,7 +35,8 @@ from server.errors import (
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
+    from contextlib import AbstractContextManager
 
     from server.board import Board
     from server.engine.admission import Admission, Ticket
@@ -92,14 +94,6 @@ class _Channel:
             await self._writer.wait_closed()
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """Who waits for an answer."""
-
-    answer: asyncio.Future[Any]
-    on_piece: Callable[[Piece], None] | None = None
-
-
 class RemoteEngine:
     """Implements `Engine` in a front end."""
 
@@ -128,12 +122,10 @@ class RemoteEngine:
         self._capabilities: Capabilities | None = None
         self._loaded = asyncio.Event()
         self._death: asyncio.Future[Exception] | None = None
-        self._waiting: dict[int, _Waiting] = {}
+        self._waiting: dict[int, Pending] = {}
         self._keys = itertools.count()
         self._token_bytes: dict[int, bytes] = {}
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._draining = False
+        self._gate = Gate(admission)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -160,32 +152,21 @@ class RemoteEngine:
         if self._death.done():
             raise self._death.result()
 
-    @contextlib.contextmanager
-    def admit(self, audio_s: float) -> Iterator[Ticket]:
+    def admit(self, audio_s: float) -> AbstractContextManager[Ticket]:
         """Hold a ticket."""
-        if self._draining:
-            raise ShuttingDownError("the server is shutting down")
         posted = _Posted.read(self._board)
         self._admission.rate.assume(posted.rtfx)
-        self._admission.check(
+        return self._gate.admit(
             audio_s, running=posted.running, running_audio_s=posted.running_audio_s
         )
-        ticket = self._admission.take(audio_s)
-        self._empty.clear()
-        try:
-            yield ticket
-        finally:
-            ticket.give_back()
-            if self._admission.is_empty:
-                self._empty.set()
 
     async def submit(self, request: EngineRequest) -> EngineResult:
         """Hand a clip over and wait for its transcript."""
         channel = self._channel
         if channel is None or not self.stats().alive:
             raise NotReadyError("the engine is not running")
-        key, answer = next(self._keys), asyncio.get_running_loop().create_future()
-        self._waiting[key] = _Waiting(answer, request.on_piece)
+        key = next(self._keys)
+        waiting = self._waiting[key] = Pending(request.on_piece)
         streams = request.on_piece is not None
         told = (replace(request, waveform=_NOTHING, on_piece=None), streams)
         samples = np.ascontiguousarray(request.waveform, np.float32).tobytes()
@@ -195,7 +176,7 @@ class RemoteEngine:
         try:
             async with asyncio.timeout(patience_s):
                 await channel.send_waveform("submit", key, told, samples)
-                answered: _Answer = await answer
+                answered: _Answer = await waiting.answer
         except TimeoutError as error:
             raise DeadlineExceededError("the engine did not answer in time") from error
         except OSError as error:
@@ -216,12 +197,12 @@ class RemoteEngine:
         channel = self._channel
         if channel is None:
             return self._own_metrics()
-        key, answer = next(self._keys), asyncio.get_running_loop().create_future()
-        self._waiting[key] = _Waiting(answer)
+        key = next(self._keys)
+        waiting = self._waiting[key] = Pending()
         channel.send("collect", key)
         try:
             async with asyncio.timeout(2 * _METRICS_TIMEOUT_S):
-                text: bytes = await answer
+                text: bytes = await waiting.answer
         except TimeoutError as error:
             raise NotReadyError("the engine's process does not answer") from error
         finally:
@@ -230,16 +211,17 @@ class RemoteEngine:
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what is admitted here; after `timeout_s`, refuse the rest."""
-        self._draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._empty.wait()
-        self._refuse_all(ShuttingDownError("the server shut down before this request was done"))
+        self._gate.close()
+        await self._gate.wait_until_empty(timeout_s)
+        end_all(
+            self._waiting.values(),
+            ShuttingDownError("the server shut down before this request was done"),
+        )
 
     async def stop(self) -> None:
         """Let go of the engine; it lives on."""
-        self._draining = True
-        self._refuse_all(ShuttingDownError("the server is shutting down"))
+        self._gate.close()
+        end_all(self._waiting.values(), ShuttingDownError("the server is shutting down"))
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait([self._listening])
@@ -292,35 +274,17 @@ class RemoteEngine:
             self._die(RuntimeError(value))
         elif kind == "collect":
             channel.send("collected", key, self._own_metrics())
-        elif (waiting := self._waiting.get(key)) is None or waiting.answer.done():
-            pass  # its client has left meanwhile
         elif kind == "piece":
-            self._tell(waiting, value)
-        elif isinstance(value, Exception):
-            del self._waiting[key]
-            waiting.answer.set_exception(value)
-        else:
-            del self._waiting[key]
-            waiting.answer.set_result(value)
-
-    @staticmethod
-    def _tell(waiting: _Waiting, piece: Piece) -> None:
-        if waiting.on_piece is None:
-            return
-        try:
-            waiting.on_piece(piece)
-        except Exception as error:  # noqa: BLE001 - it ends the listener's own request
-            waiting.answer.set_exception(error)
+            if (waiting := self._waiting.get(key)) is not None:
+                waiting.tell(value)
+        # Else gone: its client has left meanwhile.
+        elif (waiting := self._waiting.pop(key, None)) is not None:
+            waiting.end(value)
 
     def _die(self, error: Exception) -> None:
         if self._death is not None and not self._death.done():
             self._death.set_result(error)
-        self._refuse_all(InferenceFailedError("the engine has died"))
-
-    def _refuse_all(self, error: ServerError) -> None:
-        for waiting in self._waiting.values():
-            if not waiting.answer.done():
-                waiting.answer.set_exception(error)
+        end_all(self._waiting.values(), InferenceFailedError("the engine has died"))
 
 
 class EngineHost:
