@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -67,7 +69,7 @@ def convert_whisper(source: Path, target: Path, dtype: str, threads: int) -> Whi
         source: its folder, tokenizer.json included.
         target: folder to write.
         dtype: fp32 or bf16; CTranslate2 takes what the processor has.
-        threads: that it computes with.
+        threads: that it computes with; 0 for all cores.
     """
     from ctranslate2.converters import TransformersConverter  # noqa: PLC0415 - optional
     from faster_whisper import WhisperModel  # noqa: PLC0415
@@ -76,15 +78,29 @@ def convert_whisper(source: Path, target: Path, dtype: str, threads: int) -> Whi
     copied = ["tokenizer.json", "preprocessor_config.json"]
     TransformersConverter(str(source), copy_files=copied).convert(str(target))
     return WhisperModel(
-        str(target), device="cpu", compute_type=names.get(dtype, "float32"), cpu_threads=threads
+        str(target),
+        device="cpu",
+        compute_type=names.get(dtype, "float32"),
+        cpu_threads=threads or os.cpu_count() or 1,
     )
 
 
 def run_faster_whisper(
-    whisper: WhisperModel, clips: Sequence[Clip], measurement: Measurement
+    whisper: WhisperModel,
+    clips: Sequence[Clip],
+    measurement: Measurement,
+    tokens_per_audio_s: float,
 ) -> None:
-    """Transcribe one clip after another, greedily."""
+    """Transcribe one clip after another, greedily, with as many tokens as are asked for.
+
+    Args:
+        whisper: of random weights, which does not end by itself.
+        clips: what to transcribe.
+        measurement: where to count.
+        tokens_per_audio_s: that it says of each second.
+    """
     for clip in clips:
+        n_tokens = math.ceil(tokens_per_audio_s * clip.audio_s)
         started_s = time.monotonic()
         segments, _ = whisper.transcribe(
             clip.waveform,
@@ -93,9 +109,15 @@ def run_faster_whisper(
             temperature=0.0,
             without_timestamps=True,
             condition_on_previous_text=False,
+            # CTranslate2 halves what prompt (4) and answer may take, and counts the end.
+            max_new_tokens=max(1, 2 * n_tokens - 2),
+            compression_ratio_threshold=None,
+            log_prob_threshold=None,
+            no_speech_threshold=None,
         )
-        for _segment in segments:  # it transcribes while it is iterated over
-            pass
+        said = sum(len(segment.tokens) for segment in segments)  # it transcribes meanwhile
+        if said != n_tokens:
+            raise RuntimeError(f"faster-whisper said {said} tokens, not {n_tokens}")
         wall_s = time.monotonic() - started_s
         measurement.latencies_s.append(wall_s)
         _count(measurement, [clip], wall_s)

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, Qwen2Config, WhisperConfig, WhisperFeatureExtractor
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+)
 
 from model.checkpoint import save_model
 from model.configuration import SpeechLLMConfig
@@ -76,6 +87,35 @@ def make_checkpoint(
     return folder
 
 
+def make_whisper(folder: Path) -> None:
+    """Write a complete Whisper of whisper-tiny's shape with random weights.
+
+    Its vocabulary is as large as the published one and has the same special tokens in the same
+    places; what its other tokens stand for says nothing.
+    """
+    vocabulary = sorted(ByteLevel.alphabet())
+    vocabulary += [f"filler {number}" for number in range(len(vocabulary), _WHISPER_TEXT_TOKENS)]
+    tokenizer = Tokenizer(BPE({token: number for number, token in enumerate(vocabulary)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(), ByteLevelDecoder()
+    languages = ["en", *(f"language {number}" for number in range(1, 99))]
+    tasks = ["translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps"]
+    times = [f"{0.02 * number:.2f}" for number in range(1501)]
+    names = ["endoftext", "startoftranscript", *languages, *tasks, *times]
+    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")  # noqa: S106 - a vocabulary entry
+    torch.manual_seed(0)
+    whisper = WhisperForConditionalGeneration(_WHISPER_TINY).eval()
+    with torch.no_grad():
+        whisper.get_input_embeddings().weight[fast.eos_token_id] = 0
+    generation = whisper.generation_config
+    generation.lang_to_id = {"<|en|>": fast.convert_tokens_to_ids("<|en|>")}
+    generation.no_timestamps_token_id = fast.convert_tokens_to_ids("<|notimestamps|>")
+    generation.alignment_heads = [[0, 0]]
+    for part in (whisper, fast, WhisperFeatureExtractor(_WHISPER_TINY.num_mel_bins)):
+        part.save_pretrained(folder)
+
+
+_WHISPER_TEXT_TOKENS = 50_257
 _WHISPER_TINY = WhisperConfig(
     d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536,
     decoder_layers=4, decoder_attention_heads=6, decoder_ffn_dim=1536, num_mel_bins=80,

@@ -38,7 +38,7 @@ from benchmarks.offline import (
 )
 from benchmarks.report import markdown_table, write_report
 from benchmarks.servers import Peer, missing, our_server, peer_server
-from benchmarks.shapes import Shape, make_checkpoint
+from benchmarks.shapes import Shape, make_checkpoint, make_whisper
 from model.transcription import Transcriber
 from server.engine.runner import SpeechRunner, use_cpu_threads
 
@@ -52,6 +52,7 @@ OURS = "server"
 OFFLINE_ENGINE = "engine, offline"
 OFFLINE_GENERATE = f"generate, batches of {MAX_BATCH_SIZE}, offline"
 FASTER_WHISPER = "faster-whisper, offline"
+WHISPER_TOKENS_PER_AUDIO_S = 3.0  # beside the default checkpoint: English
 HEADINGS = (
     "", "RTFx", "ours / this", "p50 ms", "p95 ms", "p99 ms", "health p99 ms", "errors",
 )  # fmt: skip
@@ -66,7 +67,6 @@ class Options:
     device: str
     dtype: str
     threads: int
-    whisper: Path | None
 
 
 @dataclass(slots=True)
@@ -125,15 +125,15 @@ def _offline(
         OFFLINE_GENERATE: lambda clips, to: run_generate(transcriber, clips, MAX_BATCH_SIZE, to),
     }
     reason = missing_faster_whisper()
-    if options.whisper is None:
-        reason = "no Whisper checkpoint was given (--whisper)"
-    if reason is not None or options.whisper is None:
-        scenario.left_out[FASTER_WHISPER] = str(reason)
+    if reason is not None:
+        scenario.left_out[FASTER_WHISPER] = reason
         return ways
+    make_whisper(folder / "whisper")
     whisper = convert_whisper(
-        options.whisper, folder / "ctranslate2", options.dtype, options.threads
+        folder / "whisper", folder / "ctranslate2", options.dtype, options.threads
     )
-    ways[FASTER_WHISPER] = lambda clips, to: run_faster_whisper(whisper, clips, to)
+    rate = scenario.tokens_per_audio_s or WHISPER_TOKENS_PER_AUDIO_S
+    ways[FASTER_WHISPER] = lambda clips, to: run_faster_whisper(whisper, clips, to, rate)
     return ways
 
 
@@ -221,7 +221,6 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, max=20)] = 3,
     manifest: Annotated[Path | None, typer.Option(help="Recordings to join.")] = None,
     audio_root: Annotated[Path | None, typer.Option()] = None,
-    whisper: Annotated[Path | None, typer.Option(help="Folder, for faster-whisper.")] = None,
     device: Annotated[str, typer.Option()] = "auto",
     dtype: Annotated[str, typer.Option()] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="0: all cores.")] = 0,
@@ -232,7 +231,7 @@ def main(
     """Compare our server with others and with offline transcription."""
     use_cpu_threads(threads)
     counts = tuple(int(count) for count in clients.split(","))
-    options = Options(counts, rounds, device, dtype, threads, whisper)
+    options = Options(counts, rounds, device, dtype, threads)
     recordings = read_recordings(manifest, audio_root)
     posted = make_clips(recordings, clips, shortest_s=shortest_s, longest_s=longest_s)
     scenarios = _scenarios(shapes, rates)
