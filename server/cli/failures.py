@@ -28,7 +28,13 @@ def user_errors(command: Callable[_P, _R], *, status: int = 1) -> Callable[_P, _
         except ValidationError as error:
             typer.echo(f"error: {_first_fault(error)}", err=True)
             raise typer.Exit(2) from error
-        except (ValueError, OSError, FloatingPointError) as error:
+        except OSError as error:
+            # Without the system's number of the error, where the system is what refused.
+            is_systems = error.filename is not None and error.strerror is not None
+            reason = f"{error.filename}: {error.strerror}" if is_systems else str(error)
+            typer.echo(f"error: {reason}", err=True)
+            raise typer.Exit(status) from error
+        except (ValueError, FloatingPointError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(status) from error
 

@@ -380,3 +380,9 @@ def test_bad_input_gives_one_line(
     said = run(*options, fails=True)
     assert said.splitlines()[-1].startswith("error: ")
     assert reason in said.splitlines()[-1]
+
+
+def test_what_the_system_refuses_is_told_without_its_number(tmp_path: Path) -> None:
+    missing = tmp_path / "none.txt"
+    said = run("train", "tokenizer", "--text", missing, "--output", tmp_path / "out", fails=True)
+    assert said.splitlines()[-1] == f"error: {missing}: No such file or directory"
