@@ -489,5 +489,13 @@ def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def load_tokenizer(source: str | Path) -> Any:  # noqa: ANN401 - transformers' own union
-    """Load a tokenizer from a folder or hub id, without running code from it."""
-    return AutoTokenizer.from_pretrained(resolve(source), trust_remote_code=False)
+    """Load a tokenizer from a folder or hub id, without running code from it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve(source), trust_remote_code=False)
+    # Where its files are missing, transformers makes one that knows no text, and says nothing.
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise CheckpointError(f"{source}: holds no tokenizer (tokenizer.json is missing)")
+    return tokenizer

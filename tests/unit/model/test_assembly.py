@@ -185,6 +185,13 @@ def test_a_part_without_a_config_is_refused(whisper: Path, llm: Path, tmp_path: 
         assemble(Parts(str(whisper), str(tmp_path / "llm")))
 
 
+def test_an_llm_without_its_tokenizer_is_refused(whisper: Path, llm: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(llm / name)
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        assemble(Parts(str(whisper), str(tmp_path)))
+
+
 def test_a_tokenizer_whose_pad_is_eos_gets_a_pad_of_its_own(llm: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.save_pretrained(tmp_path)
