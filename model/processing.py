@@ -186,8 +186,10 @@ class SpeechLLMProcessor(ProcessorMixin):
             ValueError: an empty, multi-channel or too long clip.
         """
         batch, sample_lens = pad_waveforms(waveforms)
+        if torch.device(device).type == "cuda":
+            batch = batch.pin_memory()  # so that the host does not wait for the copy
         return log_mel_spectrogram(
-            batch.to(device),
+            batch.to(device, non_blocking=True),
             sample_lens.to(device),
             self.feature_extractor.feature_size,
             full_window=self.encoder_mode == "padded",

@@ -147,6 +147,11 @@ class KVSlots(Cache):
         return tuple(self._lens)
 
     @property
+    def used(self) -> int:
+        """Rows in use, from the first on."""
+        return len(self._lens)
+
+    @property
     def free(self) -> int:
         """Slots that nobody uses."""
         return self.plan.n_slots - len(self._lens)
@@ -170,17 +175,15 @@ class KVSlots(Cache):
         """Count the rows just written as used, with so many tokens each."""
         self._lens += lens
 
-    def begin_decode(self, rows: slice) -> Tensor:
+    def begin_decode(self, rows: slice, columns: Tensor) -> None:
         """Let the next pass write one token to each of `rows`.
 
-        Returns:
-            Position ids (R, 1) of these tokens.
+        Args:
+            rows: of the pass.
+            columns: (R,) `lens[rows]`, on the device: where in its row each is written.
         """
-        lens = self._lens[rows]
-        positions = torch.tensor(lens, device=self._device)
-        bucket = math.ceil((max(lens) + 1) / _LIVE_BUCKET_TOKENS) * _LIVE_BUCKET_TOKENS
-        self._access.begin(rows, positions, min(bucket, self.plan.slot_tokens))
-        return positions[:, None]
+        bucket = math.ceil((max(self._lens[rows]) + 1) / _LIVE_BUCKET_TOKENS) * _LIVE_BUCKET_TOKENS
+        self._access.begin(rows, columns, min(bucket, self.plan.slot_tokens))
 
     def decode_step(self) -> tuple[slice, int, Tensor]:
         """The begun decode step: its rows, the length that it attends to, its columns (R,)."""

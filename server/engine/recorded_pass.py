@@ -11,7 +11,7 @@ Axis legend: R rows, D width, V vocabulary.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,39 +39,63 @@ def bucket(count: int, smallest: int, largest: int) -> int:
     return min(size, largest)
 
 
-def record_cuda_graph(run: Run) -> Run:
-    """Record what `run` launches; what is returned launches it again on the same tensors."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_RUNS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
+def buckets(smallest: int, largest: int) -> list[int]:
+    """All that `bucket` rounds to, the largest first."""
+    sizes = {largest}
+    while smallest < largest:
+        sizes.add(smallest)
+        smallest *= 2
+    return sorted(sizes, reverse=True)
 
-    def replay() -> Tensor:
-        graph.replay()
-        return output
 
-    return replay
+class CudaGraphs:
+    """Records what a function launches, on the thread's current device.
+
+    All recordings share a stream, and the memory in between: the output of one holds until the
+    next one is launched.
+    """
+
+    def __init__(self) -> None:
+        """Touch no device yet."""
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def __call__(self, run: Run) -> Run:
+        """Record `run`; what is returned launches it again on the same tensors."""
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        # Around the recording, too: one that fails would leave its stream the current one.
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                run()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                output = run()
+        torch.cuda.current_stream().wait_stream(stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+
+        return replay
 
 
 class RecordedPass:
     """Runs another pass from recordings."""
 
-    def __init__(
-        self, inner: DecoderPass, record: Callable[[Run], Run] = record_cuda_graph
-    ) -> None:
+    def __init__(self, inner: DecoderPass, record: Callable[[Run], Run] | None = None) -> None:
         """Begin without a recording.
 
         Args:
             inner: what is recorded.
-            record: runs a function as often as it likes, and returns one that does the same.
+            record: runs a function as often as it likes, and returns one that does the same; None
+                records CUDA graphs.
         """
         self._inner = inner
-        self._record = record
+        self._record = record or CudaGraphs()
         self._steps: dict[tuple[int, int], _Step] = {}
         self._is_able = True
 
@@ -81,22 +105,51 @@ class RecordedPass:
         The logits hold until the next call.
         """
         rows, live, columns = slots.decode_step()
-        if rows.start != 0 or not self._is_able:  # a part of the rows: something went wrong
+        # Of a part of the rows, those that a bucket adds would be others that are in use.
+        if rows != slice(0, slots.used) or not self._is_able:
             return self._inner(embeds, position_ids, slots)
         shape = (
             bucket(rows.stop, 1, slots.plan.n_slots),
             bucket(live, _MIN_LIVE_TOKENS, slots.plan.slot_tokens),
         )
-        if shape not in self._steps:
-            self._steps[shape] = _Step(self._inner, slots, shape, embeds, self._record)
+        logits = self._run(shape, embeds, position_ids, columns, slots)
+        if logits is not None:
+            return logits
+        slots.begin_decode(rows, columns)
+        return self._inner(embeds, position_ids, slots)
+
+    def record_all(self, like: Tensor, slots: KVSlots) -> None:
+        """Record every shape before the first request, the largest first, whose memory all use.
+
+        Args:
+            like: (1, 1, D), an embedding.
+            slots: of which none is in use.
+        """
+        for rows in buckets(1, slots.plan.n_slots):
+            columns = torch.zeros(rows, dtype=torch.int64, device=like.device)
+            embeds = like.new_zeros(rows, *like.shape[1:])
+            for live in buckets(_MIN_LIVE_TOKENS, slots.plan.slot_tokens):
+                if self._is_able:
+                    self._run((rows, live), embeds, columns[:, None], columns, slots)
+
+    def _run(
+        self,
+        shape: tuple[int, int],
+        embeds: Tensor,
+        position_ids: Tensor,
+        columns: Tensor,
+        slots: KVSlots,
+    ) -> Tensor | None:
+        """Run a step from its shape's recording, which is made if need be; None if it cannot be."""
         try:
+            if shape not in self._steps:
+                self._steps[shape] = _Step(self._inner, slots, shape, embeds, self._record)
             return self._steps[shape].run(embeds, position_ids, columns)
         except RuntimeError:
             _log.exception("a decode step could not be recorded; steps run unrecorded from now on")
             self._is_able = False
             self._steps.clear()
-        slots.begin_decode(rows)
-        return self._inner(embeds, position_ids, slots)
+            return None
 
 
 class _Step:
@@ -111,17 +164,17 @@ class _Step:
         record: Callable[[Run], Run],
     ) -> None:
         rows, live = shape
-        self._embeds = like.new_zeros(rows, *like.shape[1:])
-        self._position_ids = torch.zeros(rows, 1, dtype=torch.int64, device=like.device)
-        self._columns = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        self._record = record
+        embeds = like.new_zeros(rows, *like.shape[1:])
+        position_ids = torch.zeros(rows, 1, dtype=torch.int64, device=like.device)
+        columns = torch.zeros(rows, dtype=torch.int64, device=like.device)
+
+        def run() -> Tensor:  # knows nothing of the step, whose memory it would keep alive
+            slots.begin_padded(columns, live)
+            return inner(embeds, position_ids, slots)
+
+        self._embeds, self._position_ids, self._columns = embeds, position_ids, columns
+        self._run, self._record = run, record
         self._replay: Run | None = None
-
-        def run() -> Tensor:
-            slots.begin_padded(self._columns, live)
-            return inner(self._embeds, self._position_ids, slots)
-
-        self._run = run
 
     def run(self, embeds: Tensor, position_ids: Tensor, columns: Tensor) -> Tensor:
         n_rows = len(embeds)

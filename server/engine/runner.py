@@ -34,6 +34,7 @@ from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
+from server.engine.recorded_pass import RecordedPass
 from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
@@ -124,6 +125,10 @@ class SpeechRunner:
         """
         self._model, self._processor = transcriber.model, transcriber.processor
         self._config, self._device = transcriber.config, transcriber.device
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            # cuDNN's attention makes a plan for each new shape, on the host, and shapes never end.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._pads_batches = self._device.type == "cuda" if pads_batches is None else pads_batches
         self._llm: PreTrainedModel = self._model.llm
         _require_arguments(self._llm)
@@ -378,10 +383,12 @@ class SpeechRunner:
         A failure leaves the rows as they were. None where the model's logits are not finite.
         """
         active = self._rows[rows]
-        embeds = self._next_embeds(active)
-        position_ids = self._slots.begin_decode(rows)
-        offsets = torch.tensor([row.position_offset for row in active], device=self._device)
-        logits = self._decode(embeds, position_ids + offsets[:, None], self._slots)
+        lens = self._slots.lens[rows]
+        offsets = [row.position_offset for row in active]
+        ids, columns, shifts = self._upload([[row.next_id or 0 for row in active], lens, offsets])
+        embeds = self._next_embeds(active, ids)
+        self._slots.begin_decode(rows, columns)
+        logits = self._decode(embeds, (columns + shifts)[:, None], self._slots)
         tokens = choose_tokens(logits, [row.sampler for row in active])
         self._slots.advance(rows)
         for row, token in zip(active, tokens, strict=True):
@@ -401,13 +408,19 @@ class SpeechRunner:
         for row, state, sampler, token_id in zip(rows, states, samplers, token_ids, strict=True):
             self._rows[row] = replace(state, sampler=sampler, next_id=token_id)
 
-    def _next_embeds(self, active: Sequence[_Row]) -> Tensor:
-        """(R, 1, D) of the tokens to feed."""
-        ids = torch.tensor([row.next_id or 0 for row in active], device=self._device)
+    def _upload(self, numbers: Sequence[Sequence[int]]) -> Tensor:
+        """Integers on the device, in one copy that the host does not wait for."""
+        host = torch.tensor(numbers)
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self._device, non_blocking=True)
+
+    def _next_embeds(self, active: Sequence[_Row], ids: Tensor) -> Tensor:
+        """(R, 1, D) of the tokens (R,) to feed, and of prompts' last positions."""
         embeds: Tensor = self._embed(ids)[:, None]
-        for index, row in enumerate(active):
-            if row.next_id is None:
-                embeds[index, 0] = row.last_embed
+        fresh = [index for index, row in enumerate(active) if row.next_id is None]
+        if fresh:
+            embeds[fresh, 0] = torch.stack([active[index].last_embed for index in fresh])
         return embeds
 
     def restart(self, row: int, repetition_penalty: float) -> None:
@@ -458,8 +471,11 @@ class SpeechRunner:
         return identify_language(text, self._config.languages or [])
 
     def warm_up(self) -> None:
-        """Transcribe a little noise."""
+        """Transcribe a little noise, and record decode steps if they are run from recordings."""
         self._try(_WARM_UP_S[: self.n_slots])
+        if isinstance(self._decode, RecordedPass):
+            with torch.inference_mode():
+                self._decode.record_all(self._embed.weight[:1, None], self._slots)
 
     def recover(self) -> None:
         """Free what a failed call may have left behind."""

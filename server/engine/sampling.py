@@ -123,8 +123,8 @@ def choose_tokens(
         One a row; None where its logits are not finite.
     """
     # One transfer to the host for all rows; a NaN is the maximum of its row.
-    best, ids = logits.max(-1)
-    plain, largest = ids.tolist(), best.tolist()
+    largest, likeliest = torch.stack([each.double() for each in logits.max(-1)]).tolist()
+    plain = [int(token_id) for token_id in likeliest]
     scores = _adjusted(logits, samplers)
     jointly = [row for row in scores if samplers[row].prefix is not None]
     if jointly:

@@ -39,7 +39,9 @@ def run(llm, decoder_pass, steps=3):
     for _ in range(steps):
         embeds = torch.randn((shape[0], 1, shape[2]), generator=generator).to(llm.dtype)
         rows = slice(0, shape[0])
-        logits.append(decoder_pass(embeds, slots.begin_decode(rows), slots))
+        columns = torch.tensor(slots.lens[rows])
+        slots.begin_decode(rows, columns)
+        logits.append(decoder_pass(embeds, columns[:, None], slots))
         slots.advance(rows)
     return torch.stack(logits)
 

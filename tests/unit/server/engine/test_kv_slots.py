@@ -41,7 +41,8 @@ def write_prompts(slots, prompts):
 def write_tokens(slots, tokens):
     """One decode step for all rows; returns what each row attends to, by layer."""
     rows = slice(0, len(tokens))
-    positions = slots.begin_decode(rows)
+    positions = torch.tensor(slots.lens[rows])[:, None]
+    slots.begin_decode(rows, positions[:, 0])
     assert positions[:, 0].tolist() == list(slots.lens)
     mask = slots.decode_mask()[:, 0, 0]
     seen = []
@@ -105,7 +106,7 @@ def test_every_row_attends_to_its_own_tokens_whatever_joins_and_leaves(data):
 def test_a_window_hides_what_lies_further_back():
     slots = make_slots(2)
     write_prompts(slots, [[1.0] * 9, [2.0] * 3])
-    slots.begin_decode(slice(0, 2))
+    slots.begin_decode(slice(0, 2), torch.tensor(slots.lens[slice(0, 2)]))
     mask = slots.decode_mask(window=4)[:, 0, 0]
     assert mask[0].nonzero().flatten().tolist() == [6, 7, 8, 9]
     assert mask[1].nonzero().flatten().tolist() == [0, 1, 2, 3]
@@ -114,10 +115,10 @@ def test_a_window_hides_what_lies_further_back():
 def test_only_the_live_length_is_attended_to():
     slots = make_slots(3)
     write_prompts(slots, [[1.0] * 9, [2.0] * 3])
-    slots.begin_decode(slice(0, 2))
+    slots.begin_decode(slice(0, 2), torch.tensor(slots.lens[slice(0, 2)]))
     assert slots.decode_mask().shape == (2, 1, 1, 32)
     write_prompts(slots, [[1.0] * 35])
-    slots.begin_decode(slice(0, 3))
+    slots.begin_decode(slice(0, 3), torch.tensor(slots.lens[slice(0, 3)]))
     assert slots.decode_mask().shape == (3, 1, 1, CAPACITY)
 
 

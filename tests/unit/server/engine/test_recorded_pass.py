@@ -1,5 +1,8 @@
 """Fixed shapes and padding rows on the CPU, where a recording is the function itself."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +12,7 @@ from model.transcription import Transcriber
 from server.engine.core import EngineCore
 from server.engine.decoder_pass import LlamaPass
 from server.engine.interface import NO_GUARDS, EngineRequest
-from server.engine.recorded_pass import RecordedPass, bucket
+from server.engine.recorded_pass import RecordedPass, bucket, buckets
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from tests.speech_models import generate_alone, noise
@@ -28,6 +31,7 @@ def test_a_bucket_holds_the_count_and_no_more_than_there_is(count, smallest, lar
         size = bucket(count, smallest, largest)
         assert count <= size <= largest
         assert size < max(2 * count, smallest + 1)
+        assert size in buckets(smallest, largest)
 
 
 def transcribe(tiny, record):
@@ -56,6 +60,54 @@ def test_steps_of_recorded_shapes_say_what_generate_says(tiny):
     assert transcribe(tiny, record) == expected
     assert set(shapes) <= {1, 2, 4, 5}  # more than four take all five slots
     assert len(shapes) > 1
+
+
+def test_a_step_of_some_rows_leaves_the_others_alone(tiny):
+    """As after a failed step, which is tried again in halves."""
+    runner = SpeechRunner(
+        tiny, max_slots=8, make_pass=lambda llm: RecordedPass(LlamaPass(llm), lambda run: run)
+    )
+    runner.start([runner.plan(clip) for clip in CLIPS])
+    runner.step(slice(0, 6))
+    layers = runner._slots.layers
+    before = [layer.keys[3:].clone() for layer in layers]
+    runner.step(slice(0, 3))
+    assert all(torch.equal(a, b.keys[3:]) for a, b in zip(before, layers, strict=True))
+
+
+def test_warming_up_records_every_shape(tiny):
+    shapes = []
+
+    def record(run):
+        shapes.append(len(run()))
+        return run
+
+    runner = SpeechRunner(
+        tiny, max_slots=5, make_pass=lambda llm: RecordedPass(LlamaPass(llm), record)
+    )
+    runner.warm_up()
+    n_lengths = len(buckets(128, runner._slots.plan.slot_tokens))
+    assert sorted(shapes) == sorted([1, 2, 4, 5] * n_lengths)
+    recorded = len(shapes)
+    rows = runner.start([runner.plan(clip) for clip in CLIPS[:5]]) and slice(0, 5)
+    for _ in range(20):
+        runner.step(rows)
+    assert len(shapes) == recorded
+
+
+def test_a_runner_that_is_gone_keeps_no_memory(tiny):
+    runner = SpeechRunner(
+        tiny, max_slots=2, make_pass=lambda llm: RecordedPass(LlamaPass(llm), lambda run: run)
+    )
+    runner.warm_up()
+    slots = weakref.ref(runner._slots)
+    gc.collect()
+    gc.disable()
+    try:
+        del runner
+        assert slots() is None
+    finally:
+        gc.enable()
 
 
 def test_where_nothing_can_be_recorded_steps_run_as_they_are(tiny, caplog):
