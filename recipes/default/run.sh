@@ -6,7 +6,7 @@
 #   recipes/default/run.sh DATA WORK
 #
 # DATA holds manifests/, audio/, noise/, text/ and whisper-tiny.en/; WORK takes a few gigabytes.
-# Needs Debian's espeak-ng and flite, pyworld-prebuilt, and `speechllm` on the PATH.
+# Needs Debian's espeak-ng and flite, and `speechllm` on the PATH.
 set -euo pipefail
 
 data=$(realpath "${1:?usage: run.sh DATA WORK}")
@@ -157,58 +157,7 @@ speechllm train connector --cache "$work/cache5" --cache "$work/cache5_human" \
     --learning-rate 4e-4 --hotwords-share 0.2 --previous-text-share 0.15 --ctc-decoding-weight 0.3 \
     --stored-dtype fp16 --compile-layers --output "$work/connector5"
 python "$here/average.py" --model "$work/connector3" --towards "$work/connector5" --share 0.5 \
-    --output "$work/averaged"
-
-# And longer, with what people said in other voices too. Half of it as the published encoder hears it, half as the
-# averaged one does.
-python "$here/pseudo_label.py" --data-dir "$data" --model "$work/averaged" \
-    --output "$prepared/picovoice4.jsonl"
-awk -F'"text": "' '{split($2, text, "\""); if (split(text[1], words, " ") > 2) print}' \
-    "$prepared/train_human.jsonl" >"$work/sentences.jsonl"
-grep -vxFf "$work/sentences.jsonl" "$prepared/train_human.jsonl" >"$work/words.jsonl"
-speak_as_others() {
-    python "$here/vary_voices.py" --audio-dir "$work/voices" --jobs "$(nproc)" "$@"
-}
-speak_as_others --manifest "$work/sentences.jsonl" --copies 4 --output "$work/voices_sentences.jsonl"
-speak_as_others --manifest "$prepared/picovoice4.jsonl" --copies 2 \
-    --output "$work/voices_orders.jsonl"
-speak_as_others --manifest "$work/words.jsonl" --copies 1 --output "$work/voices_words.jsonl"
-grep '/synthetic/train/' "$prepared/train.jsonl" | grep -v '"language": "mn"' >"$work/english.jsonl"
-grep '"language": "mn"' "$prepared/train.jsonl" | awk 'NR % 3 == 0' >"$work/mongolian.jsonl"
-grep '"text": ""' "$prepared/train.jsonl" >"$work/silent.jsonl"
-caches=()
-hear() { # ENCODER NAME MANIFEST SEED …
-    speechllm cache --encoder "$work/$1/encoder" --llm "$work/lm" --plain-copies 0 \
-        --augmented-copies 1 --noise-dir "$prepared/noise_train" --manifest "$3" --seed "$4" \
-        --output "$work/cache6_$2" "${@:5}"
-    caches+=(--cache "$work/cache6_$2")
-}
-every() { # N REST MANIFEST: each N-th line
-    awk "NR % $1 == $2" "$work/$3.jsonl" >"$work/$3_$2.jsonl"
-}
-for manifest in voices_sentences voices_orders; do every 2 0 $manifest; every 2 1 $manifest; done
-every 9 0 english
-every 9 1 english
-wide=(--speed-share 0.75 --speed-range 0.8 1.25)
-hear published voices_published "$work/voices_sentences_1.jsonl" 41
-hear published human_published "$prepared/train_human.jsonl" 42 "${wide[@]}"
-hear published orders_published "$prepared/picovoice4.jsonl" 43 "${wide[@]}"
-hear published voices_orders_published "$work/voices_orders_1.jsonl" 44
-hear published english_published "$work/english_0.jsonl" 45
-hear averaged voices "$work/voices_sentences_0.jsonl" 51
-hear averaged human "$prepared/train_human.jsonl" 52 --plain-copies 1
-hear averaged orders "$prepared/picovoice4.jsonl" 53 "${wide[@]}"
-hear averaged voices_orders "$work/voices_orders_0.jsonl" 54
-hear averaged english "$work/english_1.jsonl" 55
-hear averaged mongolian "$work/mongolian.jsonl" 56
-hear averaged strings "$prepared/train_strings.jsonl" 57
-hear averaged voices_words "$work/voices_words.jsonl" 58
-hear averaged silent "$work/silent.jsonl" 59
-speechllm train connector "${caches[@]}" --mixed-encoders --model "$work/averaged" \
-    --dev "$prepared/dev.jsonl" --train-llm --llm-lr-scale 1.0 --ctc-weight 0.3 --warmup-steps 60 \
-    --max-batch-audio-s 40 --concatenation 0.3 --epochs 2 --learning-rate 4e-4 \
-    --hotwords-share 0.15 --previous-text-share 0.1 --ctc-decoding-weight 0.3 --seed 5 \
-    --stored-dtype fp16 --compile-layers --output "$work/connector"
+    --output "$work/connector"
 
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default
