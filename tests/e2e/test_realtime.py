@@ -450,6 +450,19 @@ def test_sessions_end_when_they_idle_or_last_too_long(start_server, tiny_checkpo
         assert socket.close_code == 1008
 
 
+def test_a_checkpoint_without_a_prompt_refuses_one_and_the_session_goes_on(start_server):
+    with (
+        start_server("--device", "cpu", "--decode-workers", "1", "--no-loop-guard") as (_, client),
+        connect(address(client), open_timeout=60) as socket,
+    ):
+        receive(socket)
+        update(socket, transcription={"prompt": "What is said?"})
+        error = receive(socket)["error"]
+        assert (error["code"], error["param"]) == ("invalid_request", "prompt")
+        update(socket, transcription={"language": "en"})
+        assert receive(socket)["type"] == "session.updated"
+
+
 @pytest.mark.slow
 def test_a_recording_is_heard_as_an_upload_of_it_is(start_server, shared_data):
     path = shared_data / "audio" / "kathleen" / "arctic_b0243_1592533298.flac"
