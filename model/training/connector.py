@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from model.checkpoint import quiet_transformers, save_model
-from model.ctc import ctc_loss
+from model.ctc import ctc_greedy, ctc_loss
 from model.data.augmentation import (
     FeatureAugmentConfig,
     SpecAugmentConfig,
@@ -31,7 +31,9 @@ from model.processing import check_addition
 from model.training.acceleration import compile_layers, use_fast_attention
 from model.training.contexts import ContextBatches
 from model.training.distillation import WhisperTeacher
+from model.training.language_model import TextReader, text_loss
 from model.training.speech_data import SpeechData, SpeechDataConfig, pad_targets
+from model.training.text_injection import Misreadings, TextBeside
 from model.transcription import Transcriber
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ if TYPE_CHECKING:
     from model.training.loop import EpochBatches
 
 FRAMES_PER_S = 50
+_TEXT_READING = 0.5  # share of text without audio that is read from a misread copy
+_TEXT_SILENCE = (0.2, 1.0)  # audio positions behind a token: less than in speech, and cheaper
+_MAX_TEXT_ERRORS = 0.5  # of the copy's tokens: what a CTC head gets wrong of unseen voices
+_MISREAD_BATCHES = 400  # from which misreadings are learnt
 
 
 class LoraSettings(BaseModel):
@@ -85,6 +91,10 @@ class ConnectorStageConfig(BaseModel):
     previous_text_template: str = Field("Before: {}\n", description="what then precedes the audio")
     ctc_decoding_weight: float | None = Field(
         None, ge=0, lt=1, description="of the checkpoint from now on; None leaves it as it is"
+    )
+    text_weight: float = Field(0.5, ge=0, description="weight of the loss on text without audio")
+    text_batch_tokens: int = Field(
+        600, ge=64, description="padded target tokens of text beside a batch of speech"
     )
     feature_augment: bool = True
     spec_augment: bool = True
@@ -203,7 +213,32 @@ class ConnectorObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the losses of a batch of waveforms or of cached encoder frames."""
+        """Compute the losses of a batch of waveforms or of cached encoder frames, and of text."""
+        losses = self._speech_losses(batch)
+        if "text" not in batch:
+            return losses
+        of_text = text_loss(
+            self.model.llm,
+            batch["text"],
+            self.processor.audio_token_id,
+            self.model.config.audio_positions,
+            training=self.training,
+        )
+        loss = losses["loss"] + self.config.text_weight * of_text
+        return {**losses, "loss": loss, "text_loss": of_text}
+
+    @torch.no_grad()
+    def read_by_ctc(self, batch: dict[str, Any]) -> list[list[int]]:
+        """Tokens that the CTC head writes for each clip of a batch, augmented as in training."""
+        frames, frame_lens, _ = self._frames(batch)
+        logits = self.model.embed_audio(frames, frame_lens).ctc_logits
+        head = self.model.ctc_head
+        if head is None or logits is None:
+            raise ValueError("the model has no CTC head")
+        read = ctc_greedy(logits, frame_lens, head.blank)
+        return [head.to_token_ids(indices) for indices in read]
+
+    def _speech_losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         frames, frame_lens, teacher_frames = self._frames(batch)
         targets: list[list[int]] = batch["target_ids"]
         audio_lens = self.processor.audio_lens_of_frames(frame_lens).tolist()
@@ -309,6 +344,7 @@ class ConnectorStage:
         train: Sequence[Utterance] | Sequence[tuple[FeatureCache, CachedClip]],
         dev: Sequence[Utterance],
         seed: int,
+        text: Sequence[str] = (),
     ) -> None:
         """Freeze what is not trained and plan the data.
 
@@ -319,13 +355,14 @@ class ConnectorStage:
             train: utterances to encode on the way, or clips of feature caches.
             dev: utterances for validation.
             seed: of everything random.
+            text: sentences without audio, for the LLM to learn from beside the speech.
 
         Raises:
             CheckpointError: the teacher cannot be loaded.
             ValueError: `train_encoder` with cached features, `lora` with `train_llm`, a teacher of
                 other tokens or, with cached features, with another encoder, hotwords without a CTC
-                head, a context template without a place for its text, or `ctc_decoding_weight`
-                without a CTC head.
+                head, a context template without a place for its text, `ctc_decoding_weight`
+                without a CTC head, or `text` without a fused one or for a frozen LLM.
         """
         cached = bool(train) and isinstance(train[0], tuple)
         if cached and config.train_encoder:
@@ -360,9 +397,33 @@ class ConnectorStage:
         self._decode_jointly(config.ctc_decoding_weight)
         self._use_context()
         self._seed = seed
+        self._text = self._text_reader(text) if text else None
         self._dev_utterances = dev
         plain = config.data.model_copy(update={"augment": False, "concatenation": 0.0})
         self._dev = SpeechData(dev, plain, processor.text_ids, seed) if dev else None
+
+    def _text_reader(self, text: Sequence[str]) -> TextReader:
+        """Have text read as the CTC head of the model, as it is now, might have written it."""
+        if self.model.config.ctc != "fused":
+            raise ValueError("text without audio is read as a CTC head writes: use --ctc fused")
+        if not (self.config.train_llm or self.config.lora is not None):
+            raise ValueError("text without audio is learnt by the LLM: train it, or LoRA")
+        misreadings = Misreadings()
+        torch.manual_seed(self._seed)  # of the augmentation
+        self._module.train()
+        batches = self._train.epoch(0)
+        for _, batch in zip(range(_MISREAD_BATCHES), batches.iterate(0), strict=False):
+            read = self._module.read_by_ctc(batch)
+            for said, heard in zip(batch["target_ids"], read, strict=True):
+                misreadings.learn(said, heard)
+        return TextReader(
+            text,
+            self.processor,
+            reading=_TEXT_READING,
+            misreadings=misreadings,
+            max_word_errors=_MAX_TEXT_ERRORS,
+            silence=_TEXT_SILENCE,
+        )
 
     def _decode_jointly(self, weight: float | None) -> None:
         """Have the checkpoint say how much its CTC head counts when it answers."""
@@ -410,14 +471,17 @@ class ConnectorStage:
 
     def epoch(self, epoch: int, rank: int, world_size: int) -> EpochBatches:
         """Plan one epoch."""
-        batches = self._train.epoch(epoch, rank, world_size)
+        batches: EpochBatches = self._train.epoch(epoch, rank, world_size)
         config = self.config
+        seed = (self._seed, epoch, rank)
+        if self._text is not None:
+            batches = TextBeside(batches, self._text, config.text_batch_tokens, seed)
         if not config.hotwords_share and not config.previous_text_share:
             return batches
         return ContextBatches(
             batches,
             self.processor,
-            (self._seed, epoch, rank),
+            seed,
             hotwords_share=config.hotwords_share,
             previous_text_share=config.previous_text_share,
         )

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from transformers import PreTrainedModel
+
+    from model.training.text_injection import Misreadings
+
 _DENSE_SHARE = 0.6  # of the curriculum
-_SILENCE_PER_TOKEN = (0.4, 1.8)  # audio positions, from fast speech to slow
+SILENCE_PER_TOKEN = (0.4, 1.8)  # audio positions, from fast speech to slow
 SILENT = -1  # an audio position at which nothing was heard
 
 
@@ -48,7 +52,7 @@ class LanguageModelConfig(BaseModel):
     heads: int = Field(6, ge=1)
     key_value_heads: int = Field(2, ge=1)
     max_positions: int = Field(2048, ge=64)
-    reading: float = Field(0.8, ge=0, le=1, description="share of sentences that are read")
+    reading: float = Field(0.8, ge=0, le=1, description="share of batches that are read")
     max_word_errors: float = Field(0.35, ge=0, le=1, description="of a corrupted copy's words")
     positions_per_s: float = Field(12.5, gt=0, description="audio positions, of the connector")
     prompt: str = ""
@@ -120,49 +124,104 @@ def lay_out(
     return positions + [SILENT] * int(rng.poisson(3 * pace))
 
 
+class TextReader:
+    """Tokenised sentences, and the batches in which an LLM reads them."""
+
+    def __init__(  # noqa: PLR0913 - text, and how it is read
+        self,
+        texts: Sequence[str],
+        processor: SpeechLLMProcessor,
+        *,
+        reading: float,
+        misreadings: Misreadings | None = None,
+        max_word_errors: float = 0.35,
+        silence: tuple[float, float] = SILENCE_PER_TOKEN,
+    ) -> None:
+        """Tokenise.
+
+        Args:
+            texts: sentences.
+            processor: of the model.
+            reading: share of the batches with a copy before each sentence; others have nothing.
+            misreadings: what a CTC head makes of tokens; None for errors drawn at random only.
+            max_word_errors: share of a copy's words that are corrupted, at most.
+            silence: fewest and most silent audio positions behind a token.
+        """
+        self._texts = texts
+        self.sentences = [processor.text_ids(text) for text in texts]
+        self._processor = processor
+        self._reading = reading
+        self._misreadings = misreadings
+        self._max_word_errors = max_word_errors
+        self._silence = silence
+        self._vocab_size = len(processor.tokenizer)
+
+    def plan(self, batch_tokens: int, rng: np.random.Generator) -> list[list[int]]:
+        """Batches of sentences of about a length, the shortest first: indices."""
+        lengths = [len(ids) for ids in self.sentences]
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i] * rng.uniform(0.9, 1.1))
+        batches: list[list[int]] = [[]]
+        longest = 0
+        for index in order:
+            longest = max(longest, lengths[index] + 1)
+            if batches[-1] and longest * (len(batches[-1]) + 1) > batch_tokens:
+                batches.append([])
+                longest = lengths[index] + 1
+            batches[-1].append(index)
+        return batches
+
+    def batch(
+        self, indices: Sequence[int], rng: np.random.Generator, difficulty: float = 1.0
+    ) -> dict[str, Any]:
+        """Sequences of sentences behind their copies, and what their audio positions hold."""
+        # One pace a batch, and a copy for all or for none: sentences of a length then need little
+        # padding.
+        pace = difficulty * rng.uniform(*self._silence)
+        is_read = rng.random() < self._reading
+        heard: list[list[int]] = []
+        for index in indices:
+            if not is_read:
+                heard.append([])
+                continue
+            rate = difficulty * rng.uniform(0, self._max_word_errors)
+            copy = self._copy(self._texts[index], rate, rng)
+            heard.append(lay_out(copy, rng, self._vocab_size, rate, pace))
+        targets = [self.sentences[index] for index in indices]
+        sequence = self._processor.sequences([len(ids) for ids in heard], targets)
+        ids = [token for copy in heard for token in copy]
+        return {**sequence, "heard": torch.tensor(ids, dtype=torch.long)}
+
+    def _copy(self, text: str, rate: float, rng: np.random.Generator) -> list[int]:
+        if self._misreadings is None:
+            return self._processor.text_ids(corrupt_words(text, rate, rng))
+        ids = self._processor.text_ids(corrupt_words(text, rate / 4, rng))
+        return self._misreadings.misread(ids, rate, rng)
+
+
 class TextBatches:
     """One epoch of text batches; see `model.training.loop.EpochBatches`."""
 
     def __init__(
         self,
-        sentences: Sequence[list[int]],
-        texts: Sequence[str],
+        reader: TextReader,
         batches: list[list[int]],
         seed: tuple[int, int, int],
-        stage: LanguageModelStage,
+        config: LanguageModelConfig,
     ) -> None:
-        self._sentences = sentences
-        self._texts = texts
+        self._reader = reader
         self._batches = batches
         self._seed = seed
-        self._stage = stage
+        self._config = config
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def iterate(self, start: int) -> Iterator[dict[str, Any]]:
         """Yield batches from index `start` on."""
-        config, processor = self._stage.config, self._stage.processor
-        for number, batch in enumerate(self._batches[start:], start=start):
+        for number, indices in enumerate(self._batches[start:], start=start):
             rng = np.random.default_rng((*self._seed, number))
-            difficulty = self._difficulty(number)
-            # One pace a batch: copies of sentences of a length then need little padding.
-            pace = difficulty * rng.uniform(*_SILENCE_PER_TOKEN)
-            heard: list[list[int]] = []
-            for index in batch:
-                if rng.random() >= config.reading:
-                    heard.append([])
-                    continue
-                rate = difficulty * rng.uniform(0, config.max_word_errors)
-                copy = processor.text_ids(corrupt_words(self._texts[index], rate, rng))
-                heard.append(lay_out(copy, rng, self._stage.vocab_size, rate, pace))
-            targets = [self._sentences[index] for index in batch]
-            sequence = processor.sequences([len(ids) for ids in heard], targets)
-            yield {
-                **sequence,
-                "heard": torch.tensor([token for ids in heard for token in ids], dtype=torch.long),
-                "audio_s": sum(len(ids) for ids in heard) / config.positions_per_s,
-            }
+            batch = self._reader.batch(indices, rng, self._difficulty(number))
+            yield {**batch, "audio_s": len(batch["heard"]) / self._config.positions_per_s}
 
     def _difficulty(self, number: int) -> float:
         """0 until copying is learnt, then growing to 1 at the end of the curriculum's share.
@@ -170,14 +229,56 @@ class TextBatches:
         Copying a dense sequence emerges within some hundred steps; between silences it does not
         emerge from nothing in several times as many, but is kept once learnt.
         """
-        span = self._stage.config.curriculum * len(self._batches)
+        span = self._config.curriculum * len(self._batches)
         if self._seed[1] > 0 or span == 0:
             return 1.0
         return float(np.clip((number / span - _DENSE_SHARE) / (1 - _DENSE_SHARE), 0, 1))
 
 
+def text_loss(
+    llm: PreTrainedModel,
+    batch: dict[str, Any],
+    audio_token_id: int,
+    audio_positions: AudioPositions,
+    *,
+    training: bool,
+) -> Tensor:
+    """Next-token cross-entropy on sentence and EOS of a batch of `TextReader`, a scalar."""
+    device = llm.device
+    input_ids, heard = batch["input_ids"].to(device), batch["heard"].to(device)
+    embedding = llm.get_input_embeddings()
+    audio_embeds = embedding(heard.clamp(min=0)) * (heard != SILENT)[:, None]
+    if training:
+        # A posterior is rarely certain: shrink what is heard by a random confidence.
+        audio_embeds = audio_embeds * torch.empty_like(audio_embeds[:, :1]).uniform_(0.5, 1.0)
+    is_audio = input_ids == audio_token_id
+    inputs_embeds = embedding(input_ids).masked_scatter(
+        is_audio[..., None], audio_embeds.to(embedding.weight.dtype)
+    )
+    attention_mask = batch["attention_mask"].to(device)
+    position_ids = None
+    if audio_positions == "ctc":
+        said = torch.zeros_like(input_ids).masked_scatter(is_audio, (heard != SILENT).long())
+        position_ids = beside_text(is_audio, said.cumsum(1) * is_audio, attention_mask)
+    labels = batch["labels"].to(device)
+    # No logits of what lies before every target.
+    first = int((labels != IGNORED_LABEL).any(0).int().argmax())
+    logits = llm(
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        logits_to_keep=labels.shape[1] - first + 1,
+    ).logits
+    return functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1),
+        labels[:, first:].flatten(),
+        ignore_index=IGNORED_LABEL,
+    )
+
+
 class LanguageModelObjective(nn.Module):
-    """Next-token cross-entropy on sentence and EOS."""
+    """Loss of an LM alone, on batches of `TextBatches`."""
 
     def __init__(
         self, llm: Qwen2ForCausalLM, audio_token_id: int, audio_positions: AudioPositions
@@ -188,33 +289,9 @@ class LanguageModelObjective(nn.Module):
         self.audio_positions = audio_positions
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the loss of one batch of `TextBatches`."""
-        device = self.llm.device
-        input_ids, heard = batch["input_ids"].to(device), batch["heard"].to(device)
-        embedding = self.llm.get_input_embeddings()
-        audio_embeds = embedding(heard.clamp(min=0)) * (heard != SILENT)[:, None]
-        if self.training:
-            # A posterior is rarely certain: shrink what is heard by a random confidence.
-            audio_embeds = audio_embeds * torch.empty_like(audio_embeds[:, :1]).uniform_(0.5, 1.0)
-        is_audio = input_ids == self.audio_token_id
-        inputs_embeds = embedding(input_ids).masked_scatter(
-            is_audio[..., None], audio_embeds.to(embedding.weight.dtype)
-        )
-        attention_mask = batch["attention_mask"].to(device)
-        position_ids = None
-        if self.audio_positions == "ctc":
-            said = torch.zeros_like(input_ids).masked_scatter(is_audio, (heard != SILENT).long())
-            position_ids = beside_text(is_audio, said.cumsum(1) * is_audio, attention_mask)
-        logits = self.llm(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).logits
-        loss = functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1),
-            batch["labels"][:, 1:].flatten().to(device),
-            ignore_index=IGNORED_LABEL,
+        """Compute the loss of one batch."""
+        loss = text_loss(
+            self.llm, batch, self.audio_token_id, self.audio_positions, training=self.training
         )
         return {"loss": loss}
 
@@ -268,8 +345,15 @@ class LanguageModelStage:
         self._module = LanguageModelObjective(
             self.llm, self.processor.audio_token_id, config.audio_positions
         )
-        self._sentences = [self.processor.text_ids(text) for text in self._texts]
-        self._dev_sentences = [self.processor.text_ids(text) for text in self._dev_texts]
+        self._reader, self._dev_reader = (
+            TextReader(
+                texts,
+                self.processor,
+                reading=config.reading,
+                max_word_errors=config.max_word_errors,
+            )
+            for texts in (self._texts, self._dev_texts)
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -282,36 +366,24 @@ class LanguageModelStage:
 
     def epoch(self, epoch: int, rank: int, world_size: int) -> TextBatches:
         """Plan one epoch."""
-        return self._plan(self._sentences, self._texts, epoch, rank, world_size)
+        return self._plan(self._reader, epoch, rank, world_size)
 
-    def _plan(
-        self, sentences: Sequence[list[int]], texts: Sequence[str], epoch: int, rank: int, size: int
-    ) -> TextBatches:
+    def _plan(self, reader: TextReader, epoch: int, rank: int, size: int) -> TextBatches:
         rng = np.random.default_rng((self._seed, epoch))
-        order = sorted(
-            range(len(sentences)), key=lambda i: len(sentences[i]) * rng.uniform(0.9, 1.1)
-        )
-        batches: list[list[int]] = [[]]
-        longest = 0
-        for index in order:
-            longest = max(longest, len(sentences[index]) + 1)
-            if batches[-1] and longest * (len(batches[-1]) + 1) > self.config.batch_tokens:
-                batches.append([])
-                longest = len(sentences[index]) + 1
-            batches[-1].append(index)
+        batches = reader.plan(self.config.batch_tokens, rng)
         places = np.arange(len(batches)) if epoch == 0 and self.config.curriculum else 0
         spread = len(batches) * (1 - self.config.curriculum if epoch == 0 else 1)
         keys = places + rng.uniform(0, max(spread, 1), len(batches))
         shuffled = [batches[i] for i in np.argsort(keys)]
         # Where the number does not divide, the first batches come a second time.
         shuffled += [shuffled[i % len(shuffled)] for i in range(-len(shuffled) % size)]
-        return TextBatches(sentences, texts, shuffled[rank::size], (self._seed, epoch, rank), self)
+        return TextBatches(reader, shuffled[rank::size], (self._seed, epoch, rank), self.config)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Mean loss on held-out text, corrupted as in training once the curriculum is over."""
         if not self._dev_texts:
             return {}
-        batches = self._plan(self._dev_sentences, self._dev_texts, 1, 0, 1)
+        batches = self._plan(self._dev_reader, 1, 0, 1)
         losses = [float(module(batch)["loss"].detach()) for batch in batches.iterate(0)]
         return {"loss": sum(losses) / len(losses)}
 

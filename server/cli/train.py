@@ -275,6 +275,14 @@ def train_connector(
     model: Annotated[str | None, typer.Option(help="Checkpoint to go on from.")] = None,
     dev: Dev = None,
     audio_root: AudioRoot = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Sentences without audio, for the LLM to read too; repeatable."),
+    ] = None,
+    text_weight: Annotated[float, typer.Option(help="Weight of the loss on them.")] = 0.5,
+    text_batch_tokens: Annotated[
+        int, typer.Option(help="Their padded tokens beside each batch of speech.")
+    ] = 600,
     train_encoder: Annotated[bool, typer.Option(help="Train the encoder too.")] = False,
     train_llm: Annotated[bool, typer.Option(help="Train the whole LLM.")] = False,
     encoder_lr_scale: Annotated[float, typer.Option()] = 0.2,
@@ -320,6 +328,7 @@ def train_connector(
     """
     from model.training.connector import ConnectorStage, ConnectorStageConfig
     from model.training.feature_cache import FeatureCache, fingerprint, merge_clips
+    from model.training.language_model import read_lines
 
     if bool(manifest) == bool(cache):
         raise typer.BadParameter("give either --manifest or --cache")
@@ -334,7 +343,8 @@ def train_connector(
         label_smoothing=label_smoothing, teacher=teacher, teacher_weight=teacher_weight,
         hotwords_share=hotwords_share, hotwords_template=hotwords_template,
         previous_text_share=previous_text_share, previous_text_template=previous_text_template,
-        ctc_decoding_weight=ctc_decoding_weight, feature_augment=spec_augment,
+        ctc_decoding_weight=ctc_decoding_weight, text_weight=text_weight,
+        text_batch_tokens=text_batch_tokens, feature_augment=spec_augment,
         spec_augment=spec_augment, stored_dtype=stored_dtype, compile_layers=compile_layers,
         data=data,
     )  # fmt: skip
@@ -357,10 +367,16 @@ def train_connector(
             del identity["encoder"]
         train = merge_clips(FeatureCache(folder, identity) for folder in cache)
         read = _digest([[each.source, clip.id] for each, clip in train])
-    stage = ConnectorStage(speech_llm, processor, config, train, _read(dev, audio_root), loop.seed)
+    lines = [line for line in read_lines(text or []) if line.strip()]
+    if text and not lines:
+        raise ValueError("--text holds no line of text")
+    stage = ConnectorStage(
+        speech_llm, processor, config, train, _read(dev, audio_root), loop.seed, lines
+    )
     head = speech_llm.ctc_head
     settings: dict[str, Any] = {
         "kind": "connector", "model": model, "parts": str(new), "utterances": read,
+        "lines": _digest(lines),
         **config.model_dump(mode="json"),
         "transcript_tokens": None if head is None else head.fingerprint(),
     }  # fmt: skip

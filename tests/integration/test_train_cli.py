@@ -270,7 +270,11 @@ def test_connector_goes_on_with_lora_and_then_with_everything(work: Path, tmp_pa
     run("train", "connector", *connector_options(work), *from_audio, "--output", first)
     more = ["--epochs", 1, "--max-batch-audio-s", 4, "--workers", 0, "--stored-dtype", "fp32"]
     lora = tmp_path / "lora"
+    text = tmp_path / "text.txt"
+    text.write_text("Nobody says these words.\n\nЭнэ үгийг хэн ч хэлээгүй.\n", encoding="utf-8")
+    more += ["--text", text, "--text-batch-tokens", 64]
     run("train", "connector", "--model", first, *from_audio, *more, "--lora", "--output", lora)
+    assert {"text_loss", "llm_loss", "ctc_loss"} <= set(metrics(lora)[0])
     assert (lora / "lora" / "adapter_model.safetensors").exists()
     former, base = (load_file(f / "llm/model.safetensors") for f in (first, lora))
     assert all(torch.equal(tensor, former[name]) for name, tensor in base.items())
@@ -285,6 +289,12 @@ def test_connector_goes_on_with_lora_and_then_with_everything(work: Path, tmp_pa
     for part in ("encoder.layers.0.fc1.weight", "llm.model.layers.0.mlp.up_proj.weight"):
         assert not torch.equal(model.state_dict()[part], start.state_dict()[part]), part
     load_processor(everything)
+    text.write_text("\n \n")
+    said = run(
+        "train", "connector", "--model", first, *from_audio, *more, "--train-llm",
+        "--output", tmp_path / "none", fails=True,
+    )  # fmt: skip
+    assert "--text holds no line of text" in said
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def recipe() -> Path:
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    names = ("synthesise", "prepare", "pseudo_label", "average")
+    names = ("synthesise", "prepare", "pseudo_label", "average", "gather_text")
     sys.path.insert(0, str(RECIPE))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -41,3 +41,8 @@ def prepare(scripts: dict[str, ModuleType]) -> ModuleType:
 @pytest.fixture(scope="session")
 def pseudo_label(scripts: dict[str, ModuleType]) -> ModuleType:
     return scripts["pseudo_label"]
+
+
+@pytest.fixture(scope="session")
+def gather_text(scripts: dict[str, ModuleType]) -> ModuleType:
+    return scripts["gather_text"]
