@@ -6,7 +6,8 @@
 #   recipes/default/run.sh DATA WORK
 #
 # DATA holds manifests/, audio/, noise/, text/ and whisper-tiny.en/; WORK takes a few gigabytes.
-# Needs Debian's espeak-ng and flite, and `speechllm` on the PATH.
+# Needs Debian's espeak-ng, flite, wordnet-base and r-cran-janeaustenr, npm, and `speechllm` on the
+# PATH.
 set -euo pipefail
 
 data=$(realpath "${1:?usage: run.sh DATA WORK}")
