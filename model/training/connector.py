@@ -52,8 +52,8 @@ FRAMES_PER_S = 50
 _TEXT_READING = 0.5  # share of text without audio that is read from a misread copy
 _TEXT_SILENCE = (0.2, 1.0)  # audio positions behind a token: less than in speech, and cheaper
 _MAX_TEXT_ERRORS = 0.5  # of the copy's tokens: what a CTC head gets wrong of unseen voices
-# Batches from which misreadings are learnt. That is before the loop has taken the device: audio that
-# is still to be encoded would keep a large Whisper busy for long.
+# Batches from which misreadings are learnt. That is before the loop has taken the device, where a
+# large Whisper would be long about audio that is still to be encoded.
 _MISREAD_BATCHES_CACHED, _MISREAD_BATCHES = 400, 10
 
 
