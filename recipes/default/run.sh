@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make weights/default from nothing but the recordings, the text and the published Whisper tiny.en
-# encoder. Every step resumes where a killed run stopped; the stages took about nine hours in all on
-# two cores of server CPUs, most of it on one with bf16 matrix units (AMX), with other work beside.
+# encoder. Every step resumes where a killed run stopped; the stages took about ten hours in all on
+# two cores of server CPUs, the first half with bf16 matrix units (AMX), with other work beside.
 #
 #   recipes/default/run.sh DATA WORK
 #

@@ -77,6 +77,13 @@ def test_every_batch_of_speech_has_text_beside_it(fresh_model, utterances):
     assert read > 0
 
 
+def test_an_epoch_reads_one_batch_of_text_after_another(fresh_model, utterances):
+    lines = [f"{sentence} {number}" for number in range(10) for sentence in UNSAID]
+    stage = make_stage(fresh_model, utterances, lines)
+    read = [frozenset(sentences_in(stage, batch)) for batch in stage.epoch(0, 0, 1).iterate(0)]
+    assert len(set(read)) == len(read) > 1
+
+
 def test_a_run_that_is_resumed_reads_the_same_text(fresh_model, utterances):
     whole = list(make_stage(fresh_model, utterances).epoch(1, 0, 1).iterate(0))
     rest = list(make_stage(fresh_model, utterances).epoch(1, 0, 1).iterate(1))
