@@ -34,7 +34,8 @@ from benchmarks.report import markdown_table, write_report
 from benchmarks.shapes import Shape, make_checkpoint
 from model.log_mel import SAMPLE_RATE_HZ
 from model.transcription import Transcriber
-from server.engine.decoder_pass import ModelPass, choose_pass
+from server.engine.decode_step import CudaGraphs
+from server.engine.decoder_pass import ModelPass
 from server.engine.kv_slots import layer_shapes
 from server.engine.packed_linear import PackedLinear
 from server.engine.runner import SpeechRunner, use_cpu_threads
@@ -42,9 +43,6 @@ from server.engine.runner import SpeechRunner, use_cpu_threads
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
-
-    from server.engine.decoder_pass import DecoderPass
 
 ENGINE = "engine"
 ENGINE_OWN_FORWARD = "engine, LLM's own forward"
@@ -199,16 +197,12 @@ def measure(
         clip_s: context, seconds of audio.
     """
     times: defaultdict[str, Times] = defaultdict(Times)
-    passes: dict[str, Callable[[PreTrainedModel], DecoderPass]] = {
-        ENGINE_OWN_FORWARD: ModelPass,
-        ENGINE: partial(choose_pass, cuda_graphs=True),
+    record = CudaGraphs() if transcriber.device.type == "cuda" else None
+    runners = {
+        ENGINE_OWN_FORWARD: SpeechRunner(transcriber, max_slots=rows, make_pass=ModelPass),
+        ENGINE: SpeechRunner(transcriber, max_slots=rows, record=record),
     }
-    engines = {
-        name: EngineSteps(
-            SpeechRunner(transcriber, max_slots=rows, make_pass=make_pass), rows, clip_s
-        )
-        for name, make_pass in passes.items()
-    }
+    engines = {name: EngineSteps(runner, rows, clip_s) for name, runner in runners.items()}
     linear = LinearLayers(transcriber, rows)
     context = round(clip_s * FRAME_HZ / transcriber.model.connector.stack_size)
     read = linear.bytes + rows * (context + steps // 2) * token_bytes(transcriber)

@@ -1,4 +1,4 @@
-"""One table for a GPU: decode steps against the rooflines, and the server's RTFx over HTTP.
+"""One table for a GPU: decode steps against the rooflines, the engine, and the server over HTTP.
 
     python -m benchmarks.gpu
 
@@ -11,11 +11,12 @@ number of them is a server of its own.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 import typer
@@ -23,14 +24,18 @@ import typer
 from benchmarks.decode_step import (
     BYTES,
     ENGINE,
+    GENERATE,
     LinearLayers,
     measure,
 )
 from benchmarks.load import Measurement, make_clips, run_client_processes, run_clients
+from benchmarks.offline import run_engine, run_generate
 from benchmarks.report import describe_machine, markdown_table
 from benchmarks.servers import our_server
 from benchmarks.shapes import Shape, make_checkpoint
 from model.transcription import Transcriber
+from server.engine.decode_step import CudaGraphs
+from server.engine.runner import SpeechRunner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,12 +45,22 @@ if TYPE_CHECKING:
 CLIP_S = 8.0
 TOKENS_PER_AUDIO_S = 3.0
 STEPS = 20
-ROUNDS = 5
+ROUNDS = 3
+WAVES_OFFLINE = 4
 CLIPS_PER_CLIENT = 16
 MOST_CORES = 32
 # Of the issue: the best published figures for this model class on an H100, and beyond.
 STEPS_TO_REACH = {1: 0.6, 256: 0.5}
 RTFX_TO_REACH = {1: 156, 2: 296, 4: 539, 8: 867, 256: 3400}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Row(NamedTuple):
+    """A figure, and what is to be reached."""
+
+    name: str
+    measured: float
+    aim: float | None = None
 
 
 def usable_cores() -> int:
@@ -76,8 +91,8 @@ def roofline_share(step_s: float, read_s: float, operations: float, per_s: float
     return max(read_s, operations / per_s) / step_s
 
 
-def measure_steps(transcriber: Transcriber, rows: int) -> tuple[float, float]:
-    """Milliseconds of a decode step, and its share of the roofline."""
+def measure_steps(transcriber: Transcriber, rows: int) -> list[Row]:
+    """A decode step: its time, its share of the roofline, and `generate`'s beside it."""
     times = measure(
         transcriber, rows, generating=transcriber, steps=STEPS, rounds=ROUNDS, clip_s=CLIP_S
     )
@@ -85,11 +100,34 @@ def measure_steps(transcriber: Transcriber, rows: int) -> tuple[float, float]:
     operations = 2 * rows * linear.bytes / transcriber.model.llm.dtype.itemsize
     per_s = measure_products(transcriber.device, transcriber.model.llm.dtype)
     step_s, read_s = times[ENGINE].wall_ms / 1000, times[BYTES].wall_ms / 1000
-    return 1000 * step_s, roofline_share(step_s, read_s, operations, per_s)
+    share = roofline_share(step_s, read_s, operations, per_s)
+    name = f"decode step, {rows} rows"
+    return [
+        Row(f"{name}, ms", 1000 * step_s),
+        Row(f"{name}, share of the roofline", share, STEPS_TO_REACH.get(rows)),
+        Row(f"{name}, of `generate` / ours", times[GENERATE].wall_ms / times[ENGINE].wall_ms),
+    ]
 
 
-def measure_server(url: str, clips: Sequence[Clip], front_ends: int) -> list[list[str]]:
-    """RTFx with more and more clients, which take no more than half of the cores."""
+def measure_offline(transcriber: Transcriber, clips: Sequence[Clip]) -> list[Row]:
+    """RTFx of the engine without a server, and of `generate` in batches as large as its own."""
+    record = CudaGraphs() if transcriber.device.type == "cuda" else None
+    runner = SpeechRunner(transcriber, max_slots=len(clips), record=record)
+    runner.warm_up()
+    engine, batched = Measurement("engine"), Measurement("generate")
+    run_engine(runner, clips, Measurement("warm-up"))
+    run_generate(transcriber, clips[:32], 32, Measurement("warm-up"))
+    run_engine(runner, list(clips) * WAVES_OFFLINE, engine)
+    run_generate(transcriber, clips, 32, batched)
+    return [
+        Row("engine offline, RTFx", engine.rtfx),
+        Row("batches of 32 in `generate`, RTFx", batched.rtfx),
+        Row("engine offline / batches in `generate`", engine.rtfx / batched.rtfx, 1.6),
+    ]
+
+
+def measure_server(url: str, clips: Sequence[Clip], front_ends: int) -> list[Row]:
+    """RTFx and p95 with more and more clients, which take no more than half of the cores."""
     rows = []
     run_clients(url, clips, len(clips), Measurement("warm-up"))
     most = max(1, usable_cores() // 2)
@@ -98,12 +136,12 @@ def measure_server(url: str, clips: Sequence[Clip], front_ends: int) -> list[lis
         run_clients(url, list(clips[:clients]) * 2, clients, Measurement("warm-up"))
         posted = (list(clips) * CLIPS_PER_CLIENT)[: clients * CLIPS_PER_CLIENT]
         run_client_processes(url, posted, clients, min(clients, most), measurement)
-        name = (
-            f"clips of {CLIP_S:g} s over HTTP, front ends: {front_ends}, clients: {clients}, RTFx"
-        )
-        rows.append([name, f"{measurement.rtfx:.0f}", f"{aim:.0f}"])
-        if measurement.errors:
-            rows[-1][0] += f" ({measurement.errors} failed)"
+        name = f"over HTTP, front ends: {front_ends}, clients: {clients}"
+        failed = f" ({measurement.errors} failed)" if measurement.errors else ""
+        rows += [
+            Row(f"{name}, RTFx{failed}", measurement.rtfx, aim),
+            Row(f"{name}, p95 ms", measurement.percentile_ms(95)),
+        ]
     return rows
 
 
@@ -111,31 +149,54 @@ def main(
     shape: Annotated[Shape, typer.Option(help="Model; see benchmarks/shapes.py.")] = "0.5b",
     device: Annotated[str, typer.Option()] = "cuda",
     dtype: Annotated[str, typer.Option()] = "bf16",
+    rows: Annotated[str, typer.Option(help="Batch sizes of decode steps.")] = "1,8,32,256",
     front_ends: Annotated[str, typer.Option(help="Numbers of them, each a server.")] = "1,6",
+    output: Annotated[Path, typer.Option(help="JSON; written after each part.")] = Path(
+        "benchmarks/results/gpu.json"
+    ),
 ) -> None:
-    """Measure decode steps, then the server."""
-    rows = []
+    """Measure decode steps, the engine without a server, then servers."""
+    measured: list[Row] = []
+
+    def note(found: list[Row]) -> None:
+        measured.extend(found)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"shape": shape, "dtype": dtype, "clip_s": CLIP_S, "rows": measured}
+        output.write_text(json.dumps({"machine": describe_machine(), **figures}, indent=2) + "\n")
+        print(tabulate(found), flush=True)  # noqa: T201 - progress
+
+    slots = max(RTFX_TO_REACH)
+    clips = make_clips([], slots, shortest_s=CLIP_S, longest_s=CLIP_S)
     with tempfile.TemporaryDirectory() as folder:
-        model = make_checkpoint(shape, Path(folder), TOKENS_PER_AUDIO_S)
+        stored = DTYPES.get(dtype)
+        model = make_checkpoint(shape, Path(folder), TOKENS_PER_AUDIO_S, dtype=stored)
         transcriber = Transcriber.from_pretrained(model, device, dtype)
-        for batch, aim in STEPS_TO_REACH.items():
-            step_ms, share = measure_steps(transcriber, batch)
-            name = f"decode step, {batch} rows: {step_ms:.2f} ms, of the roofline"
-            rows.append([name, f"{share:.0%}", f"{aim:.0%}"])
+        for batch in map(int, rows.split(",")):
+            note(measure_steps(transcriber, batch))
+        note(measure_offline(transcriber, clips))
         del transcriber
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the server is another process
-        slots = max(RTFX_TO_REACH)
-        clips = make_clips([], slots, shortest_s=CLIP_S, longest_s=CLIP_S)
         for count in map(int, front_ends.split(",")):
             options = ["--front-ends", str(count), "--decode-workers", str(usable_cores())]
             with our_server(
                 model, device, dtype, 0, max_batch_size=slots, options=options
             ) as server:
-                rows += measure_server(server.url, clips, count)
-    print(markdown_table(["", "measured", "to reach"], rows))  # noqa: T201 - the command's answer
+                note(measure_server(server.url, clips, count))
+    print(tabulate(measured))  # noqa: T201 - the command's answer
     print(describe_machine())  # noqa: T201 - the command's answer
+
+
+def tabulate(measured: Sequence[Row]) -> str:
+    """A line for each figure, and what is to be reached where there is an aim."""
+    return markdown_table(
+        ["", "measured", "to reach"],
+        [
+            [each.name, f"{each.measured:.4g}", "" if each.aim is None else f"{each.aim:g}"]
+            for each in measured
+        ],
+    )
 
 
 if __name__ == "__main__":

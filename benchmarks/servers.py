@@ -95,7 +95,7 @@ def our_server(
     command += ["--max-queue-audio-s", str(max(1800, 60 * max_batch_size))]
     command += ["--max-uploads", str(max(128, 2 * max_batch_size))]
     # Random weights repeat themselves, and must not be cut for it.
-    command += ["--no-loop-guard", "--cuda-graphs", *options]
+    command += ["--no-loop-guard", *options]
     with _process(command, port, "/health/ready") as server:
         yield server
 

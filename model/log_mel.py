@@ -48,11 +48,14 @@ def _window(device: torch.device) -> Tensor:
     return torch.hann_window(N_FFT, device=device)
 
 
-def pad_waveforms(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def pad_waveforms(
+    waveforms: Sequence[np.ndarray], *, pin_memory: bool = False
+) -> tuple[Tensor, Tensor]:
     """Stack clips of different length, zero-padded on the right.
 
     Args:
         waveforms: mono float32 clips at 16 kHz, each (N_i,).
+        pin_memory: where they are stacked.
 
     Returns:
         (B, max N_i) float32 and the lengths (B,) int64, in samples.
@@ -69,9 +72,10 @@ def pad_waveforms(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
                 f"got shape {waveform.shape}"
             )
     sample_lens = torch.tensor([waveform.size for waveform in waveforms])
-    batch = torch.zeros(len(waveforms), int(sample_lens.max()))
-    for row, waveform in zip(batch, waveforms, strict=True):
-        row[: waveform.size] = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
+    batch = torch.empty(len(waveforms), int(sample_lens.max()), pin_memory=pin_memory)
+    for row, waveform in zip(batch.numpy(), waveforms, strict=True):
+        row[: waveform.size] = waveform
+        row[waveform.size :] = 0
     return batch, sample_lens
 
 

@@ -109,7 +109,7 @@ class SpeechLLMProcessor(ProcessorMixin):
     @property
     def audio_token_id(self) -> int:
         """Id that marks audio positions in `input_ids`."""
-        return int(self.tokenizer.get_vocab()[self.audio_token])
+        return int(self.tokenizer.convert_tokens_to_ids(self.audio_token))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of a text from outside: what looks like a special token is plain text."""
@@ -185,15 +185,19 @@ class SpeechLLMProcessor(ProcessorMixin):
         Raises:
             ValueError: an empty, multi-channel or too long clip.
         """
-        batch, sample_lens = pad_waveforms(waveforms)
-        if torch.device(device).type == "cuda":
-            batch = batch.pin_memory()  # so that the host does not wait for the copy
+        # Pinned, so that the host does not wait for the copy.
+        is_cuda = torch.device(device).type == "cuda"
+        batch, sample_lens = pad_waveforms(waveforms, pin_memory=is_cuda)
         return log_mel_spectrogram(
             batch.to(device, non_blocking=True),
             sample_lens.to(device),
             self.feature_extractor.feature_size,
             full_window=self.encoder_mode == "padded",
         )
+
+    def sequence(self, around: PromptIds, audio_len: int) -> list[int]:
+        """Token ids of one clip's prompt, with `audio_len` audio positions in it."""
+        return [*around.prefix, *[self.audio_token_id] * audio_len, *around.suffix]
 
     def sequences(
         self,
@@ -219,8 +223,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         texts = list(zip(prompts or [None] * count, contexts or [""] * count, strict=True))
         around = {each: self.prompt_ids(*each) for each in set(texts)}
         for index, length in enumerate(audio_lens):
-            ids = around[texts[index]]
-            row = [*ids.prefix, *[self.audio_token_id] * int(length), *ids.suffix]
+            row = self.sequence(around[texts[index]], int(length))
             answer: list[int] = []
             if targets is not None:
                 answer = [*targets[index], int(self.tokenizer.eos_token_id)]

@@ -12,6 +12,9 @@ from hypothesis import settings
 # other than to compute, the more so on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("SPEECHLLM_CPU_THREADS", "1")
+# Before Triton is: without a CUDA device, its kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # An example's wall time says more of the machine's load than of the code.
 settings.register_profile("speechllm", deadline=None)

@@ -47,11 +47,28 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Queued:
-    """A request that has not started."""
+    """A request that has not started.
+
+    Attributes:
+        key: of its answer.
+        request: what is wanted.
+        arrived_s: when it was queued.
+        waiting: what it is to the scheduler until it starts.
+        running: and from then on.
+    """
 
     key: int
     request: EngineRequest
     arrived_s: float
+    waiting: Waiting = field(init=False)
+    running: Running = field(init=False)
+
+    def __post_init__(self) -> None:
+        request, places = self.request, self.request.decoding.num_beams
+        self.waiting = Waiting(
+            self.key, self.arrived_s, request.audio_s, request.deadline_s, places
+        )
+        self.running = Running(self.key, request.deadline_s, places)
 
 
 @dataclass(slots=True, eq=False)
@@ -222,21 +239,8 @@ class EngineCore:
         return outcome
 
     def _decide(self) -> Decision:
-        waiting = [
-            Waiting(
-                each.key,
-                each.arrived_s,
-                each.request.audio_s,
-                each.request.deadline_s,
-                each.request.decoding.num_beams,
-            )
-            for each in self._waiting.values()
-        ]
-        requests = {key: each.queued.request for key, each in self._running.items()}
-        running = [
-            Running(key, request.deadline_s, request.decoding.num_beams)
-            for key, request in requests.items()
-        ]
+        waiting = [each.waiting for each in self._waiting.values()]
+        running = [each.queued.running for each in self._running.values()]
         decision = decide(waiting, running, self._clock(), self._limits)
         self._wake_s = decision.wake_s
         return decision
@@ -468,6 +472,8 @@ class EngineCore:
         )
 
     def _words(self, active: _Active, text: str) -> tuple[Word, ...] | None:
+        if active.plan.heard is None:
+            return None
         try:
             return self.runner.words(active.plan, text)
         except Exception:  # noqa: BLE001 - a device may raise anything; logged

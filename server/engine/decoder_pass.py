@@ -12,6 +12,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -21,7 +22,6 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
 from server.engine.kv_slots import DecodeMasks
 from server.engine.packed_linear import PackedLinear
-from server.engine.recorded_pass import RecordedPass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,30 +33,51 @@ _LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 
 
 class DecoderPass(Protocol):
-    """Runs a decode step that the slots have begun."""
+    """Runs a decode step that the slots have begun.
+
+    Attributes:
+        is_recordable: it launches the same kernels at every step of a shape.
+        is_prefill_recordable: and in every prefill of a shape.
+        reads_own_lengths: of each row it reads what is there, not what the longest has.
+    """
+
+    is_recordable: bool
+    is_prefill_recordable: bool
+    reads_own_lengths: bool
 
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
         """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
 
+    def prefill(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+        """Write the keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots.
 
-def choose_pass(llm: PreTrainedModel, *, cuda_graphs: bool = False) -> DecoderPass:
-    """Return the fastest pass that does what an LLM's `forward` does.
+        Right-padded, for rows that `begin_prefill` has named. What stands behind a prompt's end is
+        overwritten before anything attends to it.
+        """
 
-    Args:
-        llm: on its device.
-        cuda_graphs: record the steps of one on a CUDA device.
+
+def choose_pass(llm: PreTrainedModel) -> DecoderPass:
+    """Return the fastest pass that does what an LLM's `forward` does on its device.
 
     Raises:
         ValueError: slots cannot offer what its layers attend to.
     """
     if not _is_llama_like(llm):
         return ModelPass(llm)
-    written_out = LlamaPass(llm)
-    return RecordedPass(written_out) if cuda_graphs and llm.device.type == "cuda" else written_out
+    if llm.device.type == "cuda" and find_spec("triton") is not None:
+        from server.engine.fused_pass import FusedPass, can_fuse  # noqa: PLC0415 - needs triton
+
+        if can_fuse(llm):
+            return FusedPass(llm)
+    return LlamaPass(llm)
 
 
 class ModelPass:
     """The LLM's own `forward`."""
+
+    is_recordable = False
+    is_prefill_recordable = False
+    reads_own_lengths = False
 
     def __init__(self, llm: PreTrainedModel) -> None:
         """Look at the LLM's layers.
@@ -78,8 +99,12 @@ class ModelPass:
         ).logits[:, -1]
         return logits
 
+    def prefill(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+        """Write keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots."""
+        _prefill(self._llm, embeds, position_ids, slots)
 
-class _JoinedLayer:
+
+class JoinedLayer:
     """One layer's products, as few as can be.
 
     The projections' weights become parts of larger ones, whose memory they share: the LLM works as
@@ -89,25 +114,26 @@ class _JoinedLayer:
     @torch.no_grad()
     def __init__(self, layer: Any) -> None:  # noqa: ANN401 - a layer of one of three classes
         attention, mlp = layer.self_attn, layer.mlp
-        self._qkv = _concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._gate_up, _ = _concatenate(mlp.gate_proj, mlp.up_proj)
-        self._output, self._down = attention.o_proj.weight.t(), mlp.down_proj.weight.t()
+        joined = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv_weight, self.qkv_bias = _concatenate(*joined)
+        self.gate_up_weight, _ = _concatenate(mlp.gate_proj, mlp.up_proj)
+        self.output_weight, self.down_weight = attention.o_proj.weight, mlp.down_proj.weight
 
     def qkv(self, normed: Tensor) -> Tensor:
         """(R, D) -> (R, (H + 2K) * W)."""
-        return functional.linear(normed, *self._qkv)
+        return functional.linear(normed, self.qkv_weight, self.qkv_bias)
 
     def add_output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """(R, D), (R, H * W) -> (R, D)."""
-        return torch.addmm(hidden, attended, self._output)
+        return torch.addmm(hidden, attended, self.output_weight.t())
 
     def gate_up(self, normed: Tensor) -> tuple[Tensor, ...]:
         """(R, D) -> (R, inner), (R, inner)."""
-        return functional.linear(normed, self._gate_up).chunk(2, -1)
+        return functional.linear(normed, self.gate_up_weight).chunk(2, -1)
 
     def add_down(self, hidden: Tensor, inner: Tensor) -> Tensor:
         """(R, D), (R, inner) -> (R, D)."""
-        return torch.addmm(hidden, inner, self._down)
+        return torch.addmm(hidden, inner, self.down_weight.t())
 
 
 class _PackedLayer:
@@ -140,6 +166,10 @@ class _PackedLayer:
 class LlamaPass:
     """A Llama-like LLM's `forward`, written out for one token a row."""
 
+    is_recordable = True
+    is_prefill_recordable = False
+    reads_own_lengths = False
+
     def __init__(self, llm: PreTrainedModel) -> None:
         """Look at the layers."""
         config, base = llm.config, llm.model
@@ -157,7 +187,7 @@ class LlamaPass:
             for layer in base.layers
         ]
         self._layers = [
-            _PackedLayer(layer) if is_packed else _JoinedLayer(layer) for layer in base.layers
+            _PackedLayer(layer) if is_packed else JoinedLayer(layer) for layer in base.layers
         ]
 
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
@@ -189,8 +219,20 @@ class LlamaPass:
         logits: Tensor = self._llm.lm_head(self._norm(hidden, self._llm.model.norm.weight))
         return logits
 
+    def prefill(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+        """Write keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots."""
+        _prefill(self._llm, embeds, position_ids, slots)
+
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(hidden, weight.shape, weight, self._eps)
+
+
+def _prefill(llm: PreTrainedModel, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+    # Causal attention alone keeps the padding behind a prompt out of it. The base model has no
+    # output layer, whose logits nobody would read.
+    llm.base_model(
+        inputs_embeds=embeds, position_ids=position_ids, past_key_values=slots, use_cache=True
+    )
 
 
 def _is_llama_like(llm: PreTrainedModel) -> bool:

@@ -13,6 +13,7 @@ Axis legend: S slots, R rows of a step, H key heads, C slot capacity in tokens, 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +134,8 @@ class KVSlots(Cache):
         """Allocate."""
         self.plan = plan
         self._access = _Access()
-        layers = [
-            _SlotLayer(plan, shape, torch.device(device), self._access) for shape in plan.layers
-        ]
+        self._buffers, parts = _allocate(plan, torch.device(device))
+        layers = [_SlotLayer(keys, values, self._access) for keys, values in parts]
         super().__init__(layers=layers)
         self._device = device
         self._columns = torch.arange(plan.slot_tokens, device=device)
@@ -170,6 +170,27 @@ class KVSlots(Cache):
             raise ValueError(f"{after + n_rows} slots are wanted, {self.free} are free")
         first = len(self._lens) + after
         self._access.begin(slice(first, first + n_rows))
+
+    def begin_prefill_at(self, first_slot: Tensor) -> None:
+        """Let the next pass write prompts to the slots from (1,) `first_slot` on, read as it runs.
+
+        For a pass that asks for `first_slot`.
+        """
+        self._access.begin(slice(0, 0), first_slot=first_slot)
+
+    @property
+    def first_slot(self) -> Tensor:
+        """(1,) of the begun prefill, on the device."""
+        if self._access.first_slot is None:
+            first = self._access.rows.start
+            self._access.first_slot = torch.full((1,), first, device=self._device)
+        return self._access.first_slot
+
+    @property
+    def next_slot(self) -> int:
+        """`first_slot`, where `begin_prefill` has set it."""
+        start: int = self._access.rows.start
+        return start
 
     def join(self, lens: Sequence[int]) -> None:
         """Count the rows just written as used, with so many tokens each."""
@@ -242,8 +263,9 @@ class KVSlots(Cache):
             targets = [row for row, _ in pairs if (row in fresh) is is_new]
             sources = [parent for row, parent in pairs if (row in fresh) is is_new]
             if targets and start < length:
-                for layer in self.layers:
-                    layer.copy(sources, targets, slice(start, length))
+                for buffer in self._buffers:
+                    # Indexing by lists copies before it writes: a source may be a target as well.
+                    buffer[:, targets, :, start:length] = buffer[:, sources, :, start:length]
         self._lens += [length] * len(fresh)
 
     def release(self, row: int, *, wipe: bool = False) -> None:
@@ -254,11 +276,12 @@ class KVSlots(Cache):
             wipe: it may hold NaN, which would reach a later sequence even through a mask.
         """
         last = len(self._lens) - 1
-        for layer in self.layers:
-            layer.move(last, row, self._lens[last])
+        length = self._lens[last] if row != last else 0
+        for buffer in self._buffers:
+            if length:
+                buffer[:, row, :, :length] = buffer[:, last, :, :length]
             if wipe:
-                # The row itself was overwritten only as far as the last one is long.
-                layer.wipe(row, self._lens[last] if row != last else 0)
+                buffer[:, row, :, length:] = 0  # which the last row is not long enough to overwrite
         self._lens[row] = self._lens[last]
         self._lens.pop()
 
@@ -270,10 +293,19 @@ class _Access:
         self.rows = slice(0, 0)
         self.indices: Tensor | None = None
         self.positions: Tensor | None = None
+        self.first_slot: Tensor | None = None
         self.live = 0
 
-    def begin(self, rows: slice, positions: Tensor | None = None, live: int = 0) -> None:
+    def begin(
+        self,
+        rows: slice,
+        positions: Tensor | None = None,
+        live: int = 0,
+        *,
+        first_slot: Tensor | None = None,
+    ) -> None:
         self.rows, self.positions, self.live = rows, positions, live
+        self.first_slot = first_slot
         if positions is not None:
             self.indices = torch.arange(rows.start, rows.stop, device=positions.device)
 
@@ -283,14 +315,10 @@ class _SlotLayer(CacheLayerMixin):
 
     is_sliding = False  # a sliding window is masked, not forgotten
 
-    def __init__(
-        self, plan: SlotPlan, shape: LayerShape, device: torch.device, access: _Access
-    ) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, access: _Access) -> None:
         super().__init__()
-        size = (plan.n_slots, shape.n_heads, plan.slot_tokens)
-        self.keys = _zeros((*size, shape.key_width), plan.dtype, device)
-        self.values = _zeros((*size, shape.value_width), plan.dtype, device)
-        self.dtype, self.device = plan.dtype, device
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
         self._access = access
 
@@ -315,20 +343,6 @@ class _SlotLayer(CacheLayerMixin):
         self.values[access.indices, :, access.positions] = value_states[:, :, 0]
         return self.keys[access.rows, :, : access.live], self.values[access.rows, :, : access.live]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        if source != target:
-            self.keys[target, :, :length] = self.keys[source, :, :length]
-            self.values[target, :, :length] = self.values[source, :, :length]
-
-    def copy(self, sources: Sequence[int], targets: Sequence[int], columns: slice) -> None:
-        # Indexing by lists copies before it writes: a source may be a target as well.
-        self.keys[targets, :, columns] = self.keys[sources, :, columns]
-        self.values[targets, :, columns] = self.values[sources, :, columns]
-
-    def wipe(self, row: int, start: int) -> None:
-        self.keys[row, :, start:] = 0
-        self.values[row, :, start:] = 0
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a prefill attends to, and the position of the first."""
         return query_length, 0
@@ -340,6 +354,30 @@ class _SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Tokens that fit into a row."""
         return int(self.keys.shape[2])
+
+
+def _allocate(
+    plan: SlotPlan, device: torch.device
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Make room for keys and values: all buffers, and each layer's two parts (S, H, C, W) of them.
+
+    What is equally large in several layers is one buffer (N, S, H, C, W), so that a row of all of
+    them moves at once.
+    """
+    sizes = [
+        (shape.n_heads, width)
+        for shape in plan.layers
+        for width in (shape.key_width, shape.value_width)
+    ]
+    buffers = {
+        (n_heads, width): _zeros(
+            (count, plan.n_slots, n_heads, plan.slot_tokens, width), plan.dtype, device
+        )
+        for (n_heads, width), count in Counter(sizes).items()
+    }
+    rest = {size: iter(buffer) for size, buffer in buffers.items()}
+    parts = [next(rest[size]) for size in sizes]
+    return [*buffers.values()], list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -384,6 +422,11 @@ class DecodeMasks:
     def kinds(self) -> frozenset[str]:
         """What the LLM's layers attend to: everything, a sliding window, or both."""
         return frozenset(self._kinds)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that layers which are all of one kind attend to at most; None for all."""
+        return self._window if self._kinds == {_SLIDING} else None
 
     def build(self, slots: KVSlots, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """Masks for the begun decode step: one, or one for each kind of layer."""

@@ -3,7 +3,7 @@
     front end ── admit, submit, cancel ──> engine's process
               <── pieces, answers, death ──
 
-A message is a pickle behind its length, and a waveform's bytes behind theirs. Both ends are
+A message is a pickle behind its length, and a waveform's samples behind it. Both ends are
 processes of this program that were started with one end of a socket pair each; nobody else can
 write to it. What admission looks at lies in the shared board, so that a refusal asks nobody.
 """
@@ -11,11 +11,11 @@ write to it. What admission looks at lies in the shared board, so that a refusal
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import math
 import pickle
+import socket
 import struct
 import time
 from dataclasses import dataclass, replace
@@ -34,9 +34,10 @@ from server.errors import (
 )
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
     from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
 
     from server.board import Board
     from server.engine.admission import Admission, Ticket
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_LENGTHS = struct.Struct(">QQ")  # of the pickle and of the waveform, bytes
+_LENGTHS = struct.Struct(">QQ")  # bytes of the pickle, samples of the waveform
 _BUFFER_BYTES = 1 << 20
 _NOTHING = np.zeros(0, np.float32)
 _DEADLINE_GRACE_S = 10.0  # for the engine to say itself that it is over
@@ -60,38 +61,98 @@ class _Answer:
     token_bytes: dict[int, bytes]
 
 
-class _Channel:
-    """One end of the socket pair."""
+class _Channel(asyncio.BufferedProtocol):
+    """One end of the socket pair.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    What arrives is received where it stays: a waveform is not copied again.
+    """
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._messages: asyncio.Queue[tuple[str, int, Any, NDArray[np.float32]] | None] = (
+            asyncio.Queue()
+        )
+        self._can_write = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._parts = self._receive_parts()
+        self._unfilled = next(self._parts)
 
     @classmethod
     async def over(cls, end: socket.socket) -> _Channel:
-        return cls(*await asyncio.open_unix_connection(sock=end, limit=_BUFFER_BYTES))
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        _, channel = await asyncio.get_running_loop().create_unix_connection(cls, sock=end)
+        return channel
 
-    def send(self, kind: str, key: int, value: object = None) -> None:
-        self._write(pickle.dumps((kind, key, value)), b"")
+    def send(
+        self,
+        kind: str,
+        key: int,
+        value: object = None,
+        waveform: NDArray[np.float32] = _NOTHING,
+    ) -> None:
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            message = pickle.dumps((kind, key, value))
+            transport.write(_LENGTHS.pack(len(message), waveform.size) + message)
+            if waveform.size:
+                transport.write(waveform.data.cast("B"))
 
-    async def send_waveform(self, kind: str, key: int, value: object, data: bytes) -> None:
-        self._write(pickle.dumps((kind, key, value)), data)
-        await self._writer.drain()
+    async def drain(self) -> None:
+        """Wait for room to send more; raises OSError where the other process is gone."""
+        await self._can_write.wait()
+        if self._closed.is_set():
+            raise ConnectionResetError
 
-    def _write(self, message: bytes, data: bytes) -> None:
-        if not self._writer.is_closing():
-            self._writer.writelines((_LENGTHS.pack(len(message), len(data)), message, data))
-
-    async def receive(self) -> tuple[str, int, Any, bytes]:
-        """Raises asyncio.IncompleteReadError or OSError where the other process is gone."""
-        message_bytes, data_bytes = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
-        message = await self._reader.readexactly(message_bytes)
-        kind, key, value = pickle.loads(message)  # noqa: S301 - from our own process
-        return kind, key, value, await self._reader.readexactly(data_bytes)
+    async def receive(self) -> tuple[str, int, Any, NDArray[np.float32]]:
+        """Raises OSError where the other process is gone."""
+        message = await self._messages.get()
+        if message is None:
+            self._messages.put_nowait(None)  # for whoever asks again
+            raise ConnectionResetError
+        return message
 
     async def close(self) -> None:
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        if self._transport is not None:
+            self._transport.close()
+            await self._closed.wait()
+
+    def _receive_parts(self) -> Generator[memoryview]:
+        """Yield what is to be filled next; messages are complete in between."""
+        lengths = bytearray(_LENGTHS.size)
+        while True:
+            yield memoryview(lengths)
+            message_bytes, samples = _LENGTHS.unpack(lengths)
+            message = bytearray(message_bytes)
+            yield memoryview(message)
+            waveform = np.empty(samples, np.float32)
+            if samples:
+                yield waveform.data.cast("B")
+            kind, key, value = pickle.loads(message)  # noqa: S301 - from our own process
+            self._messages.put_nowait((kind, key, value, waveform))
+
+    def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - of a socket
+        self._transport = transport
+        self._can_write.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closed.set()
+        self._can_write.set()
+        self._messages.put_nowait(None)
+
+    def pause_writing(self) -> None:
+        self._can_write.clear()
+
+    def resume_writing(self) -> None:
+        self._can_write.set()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._unfilled
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._unfilled = (
+            self._unfilled[nbytes:] if nbytes < len(self._unfilled) else next(self._parts)
+        )
 
 
 class RemoteEngine:
@@ -169,13 +230,14 @@ class RemoteEngine:
         waiting = self._waiting[key] = Pending(request.on_piece)
         streams = request.on_piece is not None
         told = (replace(request, waveform=_NOTHING, on_piece=None), streams)
-        samples = np.ascontiguousarray(request.waveform, np.float32).tobytes()
+        waveform = np.ascontiguousarray(request.waveform, np.float32)
         patience_s = None
         if request.deadline_s is not None:
             patience_s = max(0.0, request.deadline_s - time.monotonic()) + _DEADLINE_GRACE_S
         try:
             async with asyncio.timeout(patience_s):
-                await channel.send_waveform("submit", key, told, samples)
+                channel.send("submit", key, told, waveform)
+                await channel.drain()
                 answered: _Answer = await waiting.answer
         except TimeoutError as error:
             raise DeadlineExceededError("the engine did not answer in time") from error
@@ -255,7 +317,7 @@ class RemoteEngine:
             while True:
                 kind, key, value, _ = await channel.receive()
                 self._hear(channel, kind, key, value)
-        except (asyncio.IncompleteReadError, OSError):
+        except OSError:
             self._die(RuntimeError("the engine's process has ended"))
         except Exception as error:  # noqa: BLE001 - nobody would hear the answers any more
             self._die(error)
@@ -352,7 +414,7 @@ class EngineHost:
         tasks: dict[int, asyncio.Task[None]] = {}
         try:
             while True:
-                kind, key, value, data = await channel.receive()
+                kind, key, value, waveform = await channel.receive()
                 if kind == "cancel":
                     if (task := tasks.get(key)) is not None:
                         task.cancel()
@@ -362,8 +424,8 @@ class EngineHost:
                 elif kind == "collect":
                     self._begin(tasks, key, self._collect(channel, key))
                 else:
-                    self._begin(tasks, key, self._answer(channel, key, value, data))
-        except (asyncio.IncompleteReadError, OSError):
+                    self._begin(tasks, key, self._answer(channel, key, value, waveform))
+        except OSError:
             pass
         finally:
             # What it counted stays counted, or sums over all processes would go down.
@@ -382,10 +444,13 @@ class EngineHost:
         task.add_done_callback(lambda _: tasks.pop(key, None))
 
     async def _answer(
-        self, channel: _Channel, key: int, told: tuple[EngineRequest, bool], data: bytes
+        self,
+        channel: _Channel,
+        key: int,
+        told: tuple[EngineRequest, bool],
+        waveform: NDArray[np.float32],
     ) -> None:
         request, streams = told
-        waveform = np.frombuffer(data, np.float32).copy()  # writable, as torch wants it
 
         def tell(piece: Piece) -> None:
             channel.send("piece", key, piece)
@@ -394,14 +459,14 @@ class EngineHost:
             result = await self._engine.submit(
                 replace(request, waveform=waveform, on_piece=tell if streams else None)
             )
+            ids = sorted(set(result.token_ids))
+            spelt = dict(zip(ids, self._engine.token_bytes(ids), strict=True))
         except ServerError as error:
             channel.send("answer", key, error)
         except Exception:  # noqa: BLE001 - the front end must not wait for ever
             _log.exception("the engine raised what it should not")
             channel.send("answer", key, InferenceFailedError("the model failed on this audio"))
         else:
-            ids = sorted(set(result.token_ids))
-            spelt = dict(zip(ids, self._engine.token_bytes(ids), strict=True))
             channel.send("answer", key, _Answer(result, spelt))
 
     async def _collect(self, channel: _Channel, key: int) -> None:

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,12 +29,12 @@ from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import previous_text_tail, token_budget
 from model.transcription import Transcriber, identify_language
+from server.engine.decode_step import CudaGraphs, DecodeStep, RecordedStep, StepInputs
 from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
-from server.engine.recorded_pass import RecordedPass
 from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from model.ctc_prefix import ClipPosteriors
     from model.modeling import EmbeddedAudio
+    from server.engine.decode_step import Run
     from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
 
@@ -58,6 +59,7 @@ _log = logging.getLogger(__name__)
 PROMPT_ROOM_TOKENS = 512
 """What a request's own prompt may take in a slot beyond the checkpoint's."""
 
+_KEPT_PROMPTS = 64  # most requests have the checkpoint's own, which takes 0.5 ms to tokenise
 _CPU_KV_BYTES = 2 << 30
 _CUDA_KV_SHARE = 0.6  # of what the weights leave; activations need the rest
 _PADDED_START_S = 240.0
@@ -98,7 +100,7 @@ class _Row:
 class SpeechRunner:
     """Implements `Runner` on a transcriber's model. Called from one thread."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what one runner needs
         self,
         transcriber: Transcriber,
         *,
@@ -106,6 +108,7 @@ class SpeechRunner:
         kv_cache_bytes: int | None = None,
         pads_batches: bool | None = None,
         make_pass: Callable[[PreTrainedModel], DecoderPass] = choose_pass,
+        record: Callable[[Run], Run] | None = None,
     ) -> None:
         """Allocate the KV slots.
 
@@ -119,6 +122,8 @@ class SpeechRunner:
                 after another; None does on a CUDA device. A CPU gains nothing from a batch, and
                 would compute its padding.
             make_pass: how its decode steps go through the LLM.
+            record: makes recordings of decode steps where the pass can be recorded; None runs
+                every step anew.
 
         Raises:
             ValueError: the LLM is none that the engine can run, or not one slot fits.
@@ -133,9 +138,10 @@ class SpeechRunner:
         self._llm: PreTrainedModel = self._model.llm
         _require_arguments(self._llm)
         pack_linear_layers(self._llm)
-        self._decode = make_pass(self._llm)
+        decoder_pass = make_pass(self._llm)
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id
+        self._prompt_ids = lru_cache(_KEPT_PROMPTS)(self._processor.prompt_ids)
         self._token_bytes = TokenBytes(self._processor.tokenizer)
         plan = plan_slots(
             layer_shapes(self._llm),
@@ -145,6 +151,10 @@ class SpeechRunner:
             budget_bytes=kv_cache_bytes or _default_kv_bytes(self._device),
         )
         self._slots = KVSlots(plan, self._device)
+        if record is not None and decoder_pass.is_recordable:
+            self._decode: DecodeStep = RecordedStep(self._embed, decoder_pass, self._slots, record)
+        else:
+            self._decode = DecodeStep(self._embed, decoder_pass, self._slots)
         self._rows: list[_Row] = []
         _log.info(
             "KV slots",
@@ -171,10 +181,8 @@ class SpeechRunner:
         """
         disable_progress_bar()  # a server's stderr is a log
         transcriber = Transcriber.from_pretrained(model, device, dtype)
-        make_pass = partial(choose_pass, cuda_graphs=cuda_graphs)
-        return cls(
-            transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes, make_pass=make_pass
-        )
+        record = CudaGraphs() if cuda_graphs and transcriber.device.type == "cuda" else None
+        return cls(transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes, record=record)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -266,8 +274,7 @@ class SpeechRunner:
         return Plan(waveform, input_ids, max_tokens, decoding, heard, prompt, context, hotwords)
 
     def _input_ids(self, audio_len: int, prompt: str | None, context: str) -> tuple[int, ...]:
-        batch = self._processor.sequences([audio_len], prompts=[prompt], contexts=[context])
-        return tuple(batch["input_ids"][0].tolist())
+        return tuple(self._processor.sequence(self._prompt_ids(prompt, context), audio_len))
 
     def _lay_out(self, plans: Sequence[Plan], audio: EmbeddedAudio) -> list[tuple[int, ...]]:
         """The plans' sequences, with the hotwords that the CTC head has heard before the audio."""
@@ -329,7 +336,8 @@ class SpeechRunner:
                 input_ids
             )
         self._slots.begin_prefill(len(plans), after=after)
-        self._fill_slots(embeds[:, :-1], position_ids[:, :-1])
+        if embeds.shape[1] > 1:  # prompts of a single position have no past
+            self._decode.prefill(embeds[:, :-1], position_ids[:, :-1])
         ends = [len(ids) - 1 for ids in laid_out]
         posteriors = self._posteriors(audio)
         return [
@@ -364,18 +372,6 @@ class SpeechRunner:
             raise RuntimeError(f"{wanted} audio positions, {audio.audio_lens.tolist()} embeddings")
         return audio
 
-    def _fill_slots(self, embeds: Tensor, position_ids: Tensor) -> None:
-        if not embeds.shape[1]:  # prompts of a single position have no past
-            return
-        # Causal attention alone keeps the padding behind a prompt out of it. The base model has
-        # no output layer, whose logits nobody would read.
-        self._llm.base_model(
-            inputs_embeds=embeds,
-            position_ids=position_ids,
-            past_key_values=self._slots,
-            use_cache=True,
-        )
-
     @torch.inference_mode()
     def step(self, rows: slice) -> list[Token | Candidates | None]:
         """Give each of `rows` its next token, or, in a beam search, the candidates for it.
@@ -383,13 +379,16 @@ class SpeechRunner:
         A failure leaves the rows as they were. None where the model's logits are not finite.
         """
         active = self._rows[rows]
-        lens = self._slots.lens[rows]
-        offsets = [row.position_offset for row in active]
-        ids, columns, shifts = self._upload([[row.next_id or 0 for row in active], lens, offsets])
-        embeds = self._next_embeds(active, ids)
-        self._slots.begin_decode(rows, columns)
-        logits = self._decode(embeds, (columns + shifts)[:, None], self._slots)
-        tokens = choose_tokens(logits, [row.sampler for row in active])
+        inputs = StepInputs(
+            token_ids=[row.next_id or 0 for row in active],
+            columns=self._slots.lens[rows],
+            offsets=[row.position_offset for row in active],
+            last_embeds={
+                index: row.last_embed for index, row in enumerate(active) if row.next_id is None
+            },
+        )
+        logits, best = self._decode(rows, inputs)
+        tokens = choose_tokens(logits, best, [row.sampler for row in active])
         self._slots.advance(rows)
         for row, token in zip(active, tokens, strict=True):
             row.next_id = token.id if isinstance(token, Token) else None
@@ -407,21 +406,6 @@ class SpeechRunner:
         samplers = branch_samplers([state.sampler for state in states], token_ids)
         for row, state, sampler, token_id in zip(rows, states, samplers, token_ids, strict=True):
             self._rows[row] = replace(state, sampler=sampler, next_id=token_id)
-
-    def _upload(self, numbers: Sequence[Sequence[int]]) -> Tensor:
-        """Integers on the device, in one copy that the host does not wait for."""
-        host = torch.tensor(numbers)
-        if self._device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self._device, non_blocking=True)
-
-    def _next_embeds(self, active: Sequence[_Row], ids: Tensor) -> Tensor:
-        """(R, 1, D) of the tokens (R,) to feed, and of prompts' last positions."""
-        embeds: Tensor = self._embed(ids)[:, None]
-        fresh = [index for index, row in enumerate(active) if row.next_id is None]
-        if fresh:
-            embeds[fresh, 0] = torch.stack([active[index].last_embed for index in fresh])
-        return embeds
 
     def restart(self, row: int, repetition_penalty: float) -> None:
         """Begin a row's answer again, under at least this repetition penalty."""
@@ -473,9 +457,8 @@ class SpeechRunner:
     def warm_up(self) -> None:
         """Transcribe a little noise, and record decode steps if they are run from recordings."""
         self._try(_WARM_UP_S[: self.n_slots])
-        if isinstance(self._decode, RecordedPass):
-            with torch.inference_mode():
-                self._decode.record_all(self._embed.weight[:1, None], self._slots)
+        with torch.inference_mode():
+            self._decode.warm_up()
 
     def recover(self) -> None:
         """Free what a failed call may have left behind."""

@@ -40,6 +40,7 @@ class TokenSampler:
             posteriors: of the CTC head, to decode jointly with; None for the LLM alone.
         """
         self.decoding = decoding
+        self.is_plain = decoding.is_plain and posteriors is None  # needs to know of no token
         self.stop_ids = stop_ids
         self.posteriors = posteriors
         self.prefix = CTCPrefix.begin(posteriors) if posteriors is not None else None
@@ -111,20 +112,25 @@ class TokenSampler:
 
 
 def choose_tokens(
-    logits: Tensor, samplers: Sequence[TokenSampler]
+    logits: Tensor, best: Tensor, samplers: Sequence[TokenSampler]
 ) -> list[Token | Candidates | None]:
     """Choose every row's next token, or a beam's candidates.
 
     Args:
         logits: (R, V), in the model's dtype.
+        best: the `likeliest` of them, (2, R).
         samplers: one a row.
 
     Returns:
         One a row; None where its logits are not finite.
     """
-    # One transfer to the host for all rows; a NaN is the maximum of its row.
-    largest, likeliest = torch.stack([each.double() for each in logits.max(-1)]).tolist()
-    plain = [int(token_id) for token_id in likeliest]
+    largest, token_ids = best.tolist()  # the one transfer to the host, for all rows
+    plain = [int(token_id) for token_id in token_ids]
+    if all(sampler.is_plain for sampler in samplers):
+        return [
+            Token(token_id) if isfinite(value) else None
+            for token_id, value in zip(plain, largest, strict=True)
+        ]
     scores = _adjusted(logits, samplers)
     jointly = [row for row in scores if samplers[row].prefix is not None]
     if jointly:
@@ -140,7 +146,7 @@ def choose_tokens(
             chosen.append(None)
         elif row in candidates:
             chosen.append(candidates[row])
-        elif sampler.decoding.is_plain:
+        elif sampler.decoding.is_plain:  # be it jointly
             chosen.append(Token(plain[row]))
         else:
             chosen.append(sampler.choose(scores[row], logits[row]))
@@ -183,7 +189,11 @@ def _adjusted(logits: Tensor, samplers: Sequence[TokenSampler]) -> dict[int, Ten
 
 def _note(samplers: Sequence[TokenSampler], chosen: Sequence[Token | Candidates | None]) -> None:
     """Let the samplers know which tokens they have chosen."""
-    tokens = {row: each.id for row, each in enumerate(chosen) if isinstance(each, Token)}
+    tokens = {
+        row: each.id
+        for row, each in enumerate(chosen)
+        if isinstance(each, Token) and not samplers[row].is_plain
+    }
     noted = [samplers[row] for row in tokens]
     # Whatever fails does so before any of them has changed.
     prefixes = _extended(noted, [*tokens.values()])

@@ -22,13 +22,15 @@ class TokenBytes:
         self._bytes = _byte_alphabet() if is_byte_level else None
 
     def __call__(self, token_id: int) -> bytes:
-        """Return a token's bytes, UTF-8 when put together; a special token writes none."""
-        if token_id in self._special_ids:
+        """Return a token's bytes, UTF-8 when put together.
+
+        A special token writes none, nor does an id that LLMs with more rows than tokens can say.
+        """
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None or token_id in self._special_ids:
             return b""
-        if self._bytes is not None:
-            piece: str = self._tokenizer.convert_ids_to_tokens(token_id)
-            if all(letter in self._bytes for letter in piece):
-                return bytes(self._bytes[letter] for letter in piece)
+        if self._bytes is not None and all(letter in self._bytes for letter in piece):
+            return bytes(self._bytes[letter] for letter in piece)
         return str(self._tokenizer.decode([token_id])).encode()
 
 

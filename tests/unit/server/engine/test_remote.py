@@ -154,7 +154,7 @@ async def test_who_leaves_frees_a_slot_and_so_does_a_front_end(runner):
         await until(lambda: server.engine.stats().running == 0)
         left = asyncio.create_task(first.submit(request(LONG)))
         await until(lambda: server.engine.stats().running == 1)
-        first._channel._writer.transport.abort()  # as if its process had died
+        first._channel._transport.abort()  # as if its process had died
         await until(lambda: server.engine.stats().running == 0)
         with pytest.raises(InferenceFailedError):
             await left
@@ -186,7 +186,7 @@ async def test_metrics_are_gathered_from_all_and_what_was_counted_stays(runner):
     async with serving(runner) as server:
         for each in server.remotes:
             assert b"work_total 103.0" in await each.metrics()
-        server.remotes[0]._channel._writer.transport.abort()
+        server.remotes[0]._channel._transport.abort()
         await server.serving[0]
         assert b"work_total 103.0" in await server.remotes[1].metrics()
 

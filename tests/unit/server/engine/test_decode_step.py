@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from model.transcription import Transcriber
 from server.engine.core import EngineCore
-from server.engine.decoder_pass import LlamaPass
+from server.engine.decode_step import bucket, buckets
 from server.engine.interface import NO_GUARDS, EngineRequest
-from server.engine.recorded_pass import RecordedPass, bucket, buckets
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from tests.speech_models import generate_alone, noise
@@ -36,9 +35,7 @@ def test_a_bucket_holds_the_count_and_no_more_than_there_is(count, smallest, lar
 
 def transcribe(tiny, record):
     """Answers of an engine where a clip arrives at every iteration."""
-    runner = SpeechRunner(
-        tiny, max_slots=5, make_pass=lambda llm: RecordedPass(LlamaPass(llm), record)
-    )
+    runner = SpeechRunner(tiny, max_slots=5, record=record)
     core = EngineCore(runner, ScheduleLimits(5), guards=NO_GUARDS)
     answers, arriving = {}, list(enumerate(CLIPS))
     while arriving or core.idle_s() is not None:
@@ -53,7 +50,7 @@ def test_steps_of_recorded_shapes_say_what_generate_says(tiny):
     shapes = []
 
     def record(run):
-        shapes.append(len(run()))  # once more than it counts, as warming up does
+        shapes.append(len(run()[0]))  # once more than it counts, as warming up does
         return run
 
     expected = [generate_alone(tiny, clip) for clip in CLIPS]
@@ -64,9 +61,7 @@ def test_steps_of_recorded_shapes_say_what_generate_says(tiny):
 
 def test_a_step_of_some_rows_leaves_the_others_alone(tiny):
     """As after a failed step, which is tried again in halves."""
-    runner = SpeechRunner(
-        tiny, max_slots=8, make_pass=lambda llm: RecordedPass(LlamaPass(llm), lambda run: run)
-    )
+    runner = SpeechRunner(tiny, max_slots=8, record=lambda run: run)
     runner.start([runner.plan(clip) for clip in CLIPS])
     runner.step(slice(0, 6))
     layers = runner._slots.layers
@@ -79,12 +74,10 @@ def test_warming_up_records_every_shape(tiny):
     shapes = []
 
     def record(run):
-        shapes.append(len(run()))
+        shapes.append(len(run()[0]))
         return run
 
-    runner = SpeechRunner(
-        tiny, max_slots=5, make_pass=lambda llm: RecordedPass(LlamaPass(llm), record)
-    )
+    runner = SpeechRunner(tiny, max_slots=5, record=record)
     runner.warm_up()
     n_lengths = len(buckets(128, runner._slots.plan.slot_tokens))
     assert sorted(shapes) == sorted([1, 2, 4, 5] * n_lengths)
@@ -96,9 +89,7 @@ def test_warming_up_records_every_shape(tiny):
 
 
 def test_a_runner_that_is_gone_keeps_no_memory(tiny):
-    runner = SpeechRunner(
-        tiny, max_slots=2, make_pass=lambda llm: RecordedPass(LlamaPass(llm), lambda run: run)
-    )
+    runner = SpeechRunner(tiny, max_slots=2, record=lambda run: run)
     runner.warm_up()
     slots = weakref.ref(runner._slots)
     gc.collect()
@@ -116,21 +107,3 @@ def test_where_nothing_can_be_recorded_steps_run_as_they_are(tiny, caplog):
 
     assert transcribe(tiny, record) == [generate_alone(tiny, clip) for clip in CLIPS]
     assert len(caplog.records) == 1
-
-
-def test_a_recording_reads_its_own_tensors(tiny):
-    """What is replayed sees a step's inputs only through copies."""
-    seen = []
-
-    class Spy:
-        def __call__(self, embeds, position_ids, _slots):
-            seen.append((embeds.data_ptr(), position_ids.data_ptr()))
-            return torch.zeros(len(embeds), 320)
-
-    runner = SpeechRunner(
-        tiny, max_slots=2, make_pass=lambda _llm: RecordedPass(Spy(), lambda run: run)
-    )
-    runner.start([runner.plan(CLIPS[0])])
-    for _ in range(3):
-        runner.step(slice(0, 1))
-    assert len(set(seen)) == 1
