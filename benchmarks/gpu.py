@@ -161,7 +161,12 @@ def main(
     def note(found: list[Row]) -> None:
         measured.extend(found)
         output.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"shape": shape, "dtype": dtype, "clip_s": CLIP_S, "rows": measured}
+        figures = {
+            "shape": shape,
+            "dtype": dtype,
+            "clip_s": CLIP_S,
+            "rows": [each._asdict() for each in measured],
+        }
         output.write_text(json.dumps({"machine": describe_machine(), **figures}, indent=2) + "\n")
         print(tabulate(found), flush=True)  # noqa: T201 - progress
 

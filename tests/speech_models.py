@@ -102,7 +102,7 @@ def _generate(  # noqa: PLR0913 - generate's options
 ):
     processor, model = transcriber.processor, transcriber.model
     budget = token_budget(transcriber.config, waveform.size / SAMPLE_RATE_HZ)
-    inputs = processor(waveform, prompt=prompt, context=context)
+    inputs = processor(waveform, prompt=prompt, context=context, device=transcriber.device)
     length = inputs["input_ids"].shape[1]
     processors = LogitsProcessorList()
     if penalty != 1:

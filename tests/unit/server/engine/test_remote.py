@@ -191,6 +191,27 @@ async def test_metrics_are_gathered_from_all_and_what_was_counted_stays(runner):
         assert b"work_total 103.0" in await server.remotes[1].metrics()
 
 
+async def test_an_answer_that_cannot_be_told_is_an_error_not_a_wait(runner, monkeypatch):
+    async with serving(runner) as server:
+
+        def fail(_ids):
+            raise TypeError("no token")
+
+        monkeypatch.setattr(server.engine, "token_bytes", fail)
+        async with asyncio.timeout(60):
+            with pytest.raises(InferenceFailedError):
+                await server.remotes[0].submit(request(CLIPS[0]))
+
+
+async def test_a_waveform_larger_than_what_a_socket_holds_arrives_whole(tiny, runner):
+    """With others under way, and none of it shared: each hears its own."""
+    async with serving(runner, front_ends=1) as server:
+        (remote,) = server.remotes
+        results = await asyncio.gather(*(remote.submit(request(c)) for c in (LONG, *CLIPS)))
+        expected = [generate_alone(tiny, clip) for clip in (LONG, *CLIPS)]
+        assert [list(result.token_ids) for result in results] == expected
+
+
 async def test_without_its_engine_a_front_end_knows_why(runner):
     async with serving(runner) as server:
         asked = asyncio.create_task(server.remotes[0].submit(request(LONG)))

@@ -30,6 +30,11 @@ def test_a_special_token_writes_nothing():
     assert TokenBytes(TOKENIZER)(TOKENIZER.eos_token_id) == b""
 
 
+def test_an_id_that_stands_for_no_token_writes_nothing():
+    """An LLM's vocabulary may be padded: Qwen2.5's is, by 271 rows."""
+    assert TokenBytes(TOKENIZER)(len(TOKENIZER) + 7) == b""
+
+
 def test_another_kind_of_tokenizer_tells_its_text():
     words = Tokenizer(models.WordLevel({"hello": 0}, "hello"))
     words.decoder = decoders.Fuse()
