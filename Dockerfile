@@ -23,6 +23,11 @@ RUN python -m pip install -c constraints.txt --no-deps --no-build-isolation .
 
 
 FROM ${BASE_IMAGE}
+# With a GPU, Triton compiles at the first start: kernels for the device, and by this compiler what launches them.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 speechllm \
     && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin speechllm
 COPY --from=builder /opt/venv /opt/venv

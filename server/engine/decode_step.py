@@ -187,7 +187,7 @@ class RecordedStep(DecodeStep):
         embed: nn.Module,
         decoder_pass: DecoderPass,
         slots: KVSlots,
-        record: Callable[[Run], Run] | None = None,
+        record: Callable[[Run], Run],
     ) -> None:
         """Begin without a recording.
 
@@ -195,11 +195,10 @@ class RecordedStep(DecodeStep):
             embed: the LLM's input embeddings.
             decoder_pass: what is recorded.
             slots: of its keys and values.
-            record: runs a function as often as it likes, and returns one that does the same; None
-                records CUDA graphs.
+            record: runs a function as often as it likes, and returns one that does the same.
         """
         super().__init__(embed, decoder_pass, slots)
-        self._record = record or CudaGraphs()
+        self._record = record
         n_slots, capacity = slots.plan.n_slots, slots.plan.slot_tokens
         self._numbers = torch.zeros(3, n_slots, dtype=torch.int64, device=self._device)
         self._host = torch.zeros_like(self._numbers, device="cpu")

@@ -65,9 +65,9 @@ def choose_pass(llm: PreTrainedModel) -> DecoderPass:
     if not _is_llama_like(llm):
         return ModelPass(llm)
     if llm.device.type == "cuda" and find_spec("triton") is not None:
-        from server.engine.fused_pass import FusedPass, can_fuse  # noqa: PLC0415 - needs triton
+        from server.engine.fused_pass import FusedPass, can_compile, can_fuse  # noqa: PLC0415 - needs triton
 
-        if can_fuse(llm):
+        if can_fuse(llm) and can_compile(llm):
             return FusedPass(llm)
     return LlamaPass(llm)
 

@@ -15,11 +15,13 @@ width, C slot capacity, I inner width, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import triton
+from torch import nn
 from torch.nn import functional
 
 from server.engine import triton_kernels as kernels
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
 
     from server.engine.kv_slots import KVSlots
+
+_log = logging.getLogger(__name__)
 
 _MOST_ROWS_OF_OWN_PRODUCTS = 2  # with more, their sums take longer than their weights
 _MOST_INPUTS_OF_OWN_PRODUCTS = 8192  # which a program holds in its registers
@@ -106,7 +110,8 @@ class FusedPass(LlamaPass):
         self._joined = [layer for layer in self._layers if isinstance(layer, JoinedLayer)]
         self._window = self._masks.window or 0
         self.is_prefill_recordable = not self._window
-        widest = max(llm.config.hidden_size, llm.config.intermediate_size)
+        n_attended = self._n_queries * self._width
+        widest = max(llm.config.hidden_size, llm.config.intermediate_size, n_attended)
         is_narrow = widest <= _MOST_INPUTS_OF_OWN_PRODUCTS
         self._own_product_rows = _MOST_ROWS_OF_OWN_PRODUCTS if is_narrow else 0
         self._overlaps = _can_overlap(llm.device)
@@ -222,7 +227,35 @@ def can_fuse(llm: PreTrainedModel) -> bool:
     """Whether a Llama-like LLM's heads are such as the kernels can compute."""
     attention, rotary = llm.model.layers[0].self_attn, llm.model.rotary_emb
     width = int(attention.head_dim)
+    head = llm.lm_head
+    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:  # an adapter's
+        return False
     if width < _MIN_HEAD_WIDTH or width & (width - 1):
         return False
     # Frequencies that change with the sequence are transformers' to compute.
     return rotary.rope_type not in {"dynamic", "longrope"} and rotary.inv_freq.numel() == width // 2
+
+
+@torch.inference_mode()
+def can_compile(llm: PreTrainedModel) -> bool:
+    """Whether a kernel, compiled here for the LLM's device and dtype, gives the right sums.
+
+    Triton needs a C compiler and Python's headers, which many images of a server have not, and
+    knows some devices without some dtypes.
+    """
+    generator = torch.Generator(llm.device).manual_seed(0)
+    inputs, weight = (
+        torch.randn(2, 64, generator=generator, device=llm.device).to(llm.dtype) for _ in range(2)
+    )
+    try:
+        product = small_product(inputs, weight, overlaps=_can_overlap(llm.device))
+        torch.testing.assert_close(product, functional.linear(inputs, weight), rtol=0.1, atol=0.1)
+    except Exception as error:  # noqa: BLE001 - compilers, drivers and devices fail in many ways
+        reason = (str(error).splitlines() or [""])[0]
+        _log.warning(
+            "Triton's kernels cannot be used, and the LLM runs slower without them: %s: %s",
+            type(error).__name__,
+            reason,
+        )
+        return False
+    return True

@@ -75,8 +75,9 @@ def run(llm, decoder_pass, rows, steps=2):
     return cached, torch.stack(logits)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("name", LLMS)
+@pytest.mark.parametrize(
+    ("name", "rows"), [*((name, rows) for name in LLMS for rows in (1, 3)), ("qwen2", 2)]
+)
 def test_the_kernels_give_what_the_llm_gives(name, rows, monkeypatch):
     monkeypatch.setattr(fused_pass, "_ATTENDED_BLOCK", 16)  # so that a row takes several
     llm = make_llm(name)
@@ -124,6 +125,24 @@ def test_heads_that_the_kernels_cannot_compute_are_left_to_others():
     assert not can_fuse(llm(head_dim=16))
     changing = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     assert not can_fuse(llm(rope_parameters=changing))
+
+
+def test_where_kernels_cannot_be_compiled_they_are_left_alone(monkeypatch, caplog):
+    llm = make_llm("qwen2")
+    assert fused_pass.can_compile(llm)
+    assert not caplog.records
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(fused_pass, "small_product", fail)
+    assert not fused_pass.can_compile(llm)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("RuntimeError: Failed to find C compiler.")
+    monkeypatch.setattr(
+        fused_pass, "small_product", lambda inputs, *_args, **_kwargs: inputs @ inputs.T
+    )
+    assert not fused_pass.can_compile(llm), "wrong sums"
 
 
 def test_the_kernels_are_chosen_on_a_cuda_device_only():
