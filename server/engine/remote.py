@@ -94,9 +94,8 @@ class _Channel(asyncio.BufferedProtocol):
         transport = self._transport
         if transport is not None and not transport.is_closing():
             message = pickle.dumps((kind, key, value))
-            transport.write(_LENGTHS.pack(len(message), waveform.size) + message)
-            if waveform.size:
-                transport.write(waveform.data.cast("B"))
+            head = _LENGTHS.pack(len(message), waveform.size) + message
+            transport.writelines((head, waveform.data.cast("B")) if waveform.size else (head,))
 
     async def drain(self) -> None:
         """Wait for room to send more; raises OSError where the other process is gone."""
