@@ -24,6 +24,7 @@ RUN python -m pip install -c constraints.txt --no-deps --no-build-isolation .
 
 FROM ${BASE_IMAGE}
 # With a GPU, Triton compiles at the first start: kernels for the device, and by this compiler what launches them.
+# No version is pinned: Debian keeps only its newest.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \

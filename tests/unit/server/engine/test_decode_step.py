@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from model.transcription import Transcriber
 from server.engine.core import EngineCore
-from server.engine.decode_step import bucket, buckets
+from server.engine.decode_step import RecordedStep, bucket, buckets
 from server.engine.interface import NO_GUARDS, EngineRequest
+from server.engine.kv_slots import KVSlots, LayerShape, SlotPlan
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from tests.speech_models import generate_alone, noise
@@ -99,6 +100,30 @@ def test_a_runner_that_is_gone_keeps_no_memory(tiny):
         assert slots() is None
     finally:
         gc.enable()
+
+
+def test_prompts_are_padded_to_free_slots_only():
+    """What a shape adds would be written behind the last slot, or be somebody's."""
+    plan = SlotPlan(5, 300, (LayerShape(1, 4, 4),), torch.float32)
+    slots, shapes = KVSlots(plan, "cpu"), []
+
+    class Spy:
+        is_recordable = is_prefill_recordable = reads_own_lengths = True
+
+        def prefill(self, _embeds, position_ids, slots):
+            shapes.append((slots.first_slot.item(), *position_ids.shape))
+
+    steps = RecordedStep(torch.nn.Embedding(3, 8), Spy(), slots, lambda run: run)
+
+    def start(count, length):
+        slots.begin_prefill(count)
+        steps.prefill(torch.zeros(count, length, 8), torch.zeros(count, length, dtype=torch.int64))
+        slots.join([length] * count)
+
+    start(1, 10)
+    start(1, 70)
+    start(3, 70)
+    assert shapes == [(0, 1, 64), (1, 1, 128), (2, 3, 70)]  # four rows would not fit
 
 
 def test_where_nothing_can_be_recorded_steps_run_as_they_are(tiny, caplog):

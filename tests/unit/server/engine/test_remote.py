@@ -1,6 +1,7 @@
 """An engine in another process, here over a socket pair within one."""
 
 import asyncio
+import pickle
 import socket
 from contextlib import asynccontextmanager
 
@@ -13,7 +14,7 @@ from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
 from server.engine.decoding import Decoding
 from server.engine.interface import NO_GUARDS, EngineRequest
-from server.engine.remote import EngineHost, RemoteEngine
+from server.engine.remote import _LENGTHS, EngineHost, RemoteEngine, _Channel
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from server.errors import (
@@ -210,6 +211,32 @@ async def test_a_waveform_larger_than_what_a_socket_holds_arrives_whole(tiny, ru
         results = await asyncio.gather(*(remote.submit(request(c)) for c in (LONG, *CLIPS)))
         expected = [generate_alone(tiny, clip) for clip in (LONG, *CLIPS)]
         assert [list(result.token_ids) for result in results] == expected
+
+
+async def test_messages_arrive_whole_in_whatever_parts_they_come():
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    receiver = await _Channel.over(theirs)
+    rng = np.random.default_rng(0)
+    waveforms = [rng.normal(size=size).astype(np.float32) for size in (0, 1, 700, 0, 3000)]
+    whole = b""
+    for key, waveform in enumerate(waveforms):
+        message = pickle.dumps(("submit", key, "x" * 100))
+        whole += _LENGTHS.pack(len(message), waveform.size) + message + waveform.tobytes()
+    loop = asyncio.get_running_loop()
+    while whole:
+        size = int(rng.integers(1, 400))
+        await loop.sock_sendall(ours, whole[:size])
+        await asyncio.sleep(0)
+        whole = whole[size:]
+    for key, waveform in enumerate(waveforms):
+        kind, heard_key, value, heard = await receiver.receive()
+        assert (kind, heard_key, value) == ("submit", key, "x" * 100)
+        np.testing.assert_array_equal(heard, waveform)
+    ours.close()
+    with pytest.raises(OSError):  # noqa: PT011 - whichever the system gives
+        await receiver.receive()
+    await receiver.close()
 
 
 async def test_without_its_engine_a_front_end_knows_why(runner):
