@@ -235,7 +235,12 @@ def _synthesise(text: str, voice: Voice, path: Path) -> np.ndarray | None:
         return None
     finally:
         raw.unlink(missing_ok=True)
-    waveform = soxr.resample(waveform, rate_hz * voice.shift, SAMPLE_RATE_HZ)
+    return trim_and_level(waveform, rate_hz * voice.shift)
+
+
+def trim_and_level(waveform: np.ndarray, rate_hz: float) -> np.ndarray | None:
+    """A voice at 16 kHz without the silence around it, at half of full scale; None if silent."""
+    waveform = soxr.resample(waveform, rate_hz, SAMPLE_RATE_HZ)
     loud = np.flatnonzero(np.abs(waveform) > 0.01)  # noqa: PLR2004 - -40 dBFS
     if loud.size < SILENCE_KEPT_S * SAMPLE_RATE_HZ:
         return None

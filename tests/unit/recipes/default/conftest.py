@@ -18,7 +18,14 @@ def recipe() -> Path:
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    names = ("synthesise", "prepare", "pseudo_label", "average", "gather_text")
+    names = (
+        "synthesise",
+        "synthesise_neural",
+        "prepare",
+        "pseudo_label",
+        "average",
+        "gather_text",
+    )
     sys.path.insert(0, str(RECIPE))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -31,6 +38,11 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
 @pytest.fixture(scope="session")
 def synthesise(scripts: dict[str, ModuleType]) -> ModuleType:
     return scripts["synthesise"]
+
+
+@pytest.fixture(scope="session")
+def synthesise_neural(scripts: dict[str, ModuleType]) -> ModuleType:
+    return scripts["synthesise_neural"]
 
 
 @pytest.fixture(scope="session")
