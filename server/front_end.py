@@ -17,6 +17,7 @@ from server.api.realtime import MAX_MESSAGE_BYTES
 from server.app import create_app, make_admission
 from server.board import Board, Seat
 from server.engine.remote import RemoteEngine
+from server.engine.shared_samples import SharedSamples
 from server.log import configure_logging
 from server.metrics import Metrics
 from server.runtime import Shared
@@ -44,6 +45,7 @@ class Orders:
         listener: descriptor of the socket that all of them accept from.
         channel: of its end of the socket pair to the engine's process.
         board: of the shared numbers' file.
+        samples: of the file of samples that it shares with the engine's process.
     """
 
     settings: Settings
@@ -52,6 +54,7 @@ class Orders:
     listener: int
     channel: int
     board: int
+    samples: int
 
 
 def serve(app_of: Callable[[Callable[[], None]], FastAPI], listener: socket.socket) -> Runtime:
@@ -116,6 +119,7 @@ def main() -> None:
     engine = RemoteEngine(
         socket.socket(fileno=orders.channel),
         board,
+        SharedSamples(orders.samples),
         make_admission(settings, seat),
         own_metrics=metrics.render,
     )

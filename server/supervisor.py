@@ -17,8 +17,10 @@ import sys
 from typing import TYPE_CHECKING
 
 from server.app import build_engine
+from server.audio.clip import SAMPLE_RATE_HZ
 from server.board import Board
 from server.engine.remote import EngineHost
+from server.engine.shared_samples import SharedSamples
 from server.front_end import Orders
 from server.metrics import Metrics, merge_metrics
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RESTART_PAUSE_S = 1.0
+_LONGEST_CLIP_S = 30.0  # Whisper's window
 _END_GRACE_S = 15.0  # beyond the drain, for connections to close and processes to end
 
 
@@ -138,7 +141,9 @@ class _FrontEnds:
 
     async def _run(self, place: int) -> int:
         ours, theirs = socket.socketpair()
-        files = (self._listener.fileno(), theirs.fileno(), self._board.file)
+        # A new one each time: in that of one that has died, the engine may still read.
+        samples = SharedSamples.create(_most_samples(self._settings))
+        files = (self._listener.fileno(), theirs.fileno(), self._board.file, samples.file)
         orders = Orders(self._settings, place, self._board.keys, *files)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)
@@ -151,7 +156,8 @@ class _FrontEnds:
                 start_new_session=True,
             )  # fmt: skip
         self._processes.add(process)
-        serving = asyncio.create_task(self._host.serve(ours))
+        os.close(samples.file)  # the mapping stays
+        serving = asyncio.create_task(self._host.serve(ours, samples))
         if self._ending.is_set():
             process.terminate()
         try:
@@ -167,3 +173,9 @@ class _FrontEnds:
             status = await process.wait()
             self._processes.discard(process)
         return status
+
+
+def _most_samples(settings: Settings) -> int:
+    """Room for all that may wait and run, twice: gaps between clips are lost."""
+    running_s = _LONGEST_CLIP_S * (settings.max_batch_size + 1)
+    return int(2 * (settings.max_queue_audio_s + running_s) * SAMPLE_RATE_HZ)

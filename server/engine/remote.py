@@ -3,9 +3,10 @@
     front end ── admit, submit, cancel ──> engine's process
               <── pieces, answers, death ──
 
-A message is a pickle behind its length, and a waveform's samples behind it. Both ends are
-processes of this program that were started with one end of a socket pair each; nobody else can
-write to it. What admission looks at lies in the shared board, so that a refusal asks nobody.
+A message is a pickle behind its length. Both ends are processes of this program that were started
+with one end of a socket pair each; nobody else can write to it. Samples lie in memory that both
+share, and every clip that was submitted is answered, cancelled ones too: then the front end may use
+their place again. What admission looks at lies in the shared board, so that a refusal asks nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from server.errors import (
     DeadlineExceededError,
     InferenceFailedError,
     NotReadyError,
+    QueueFullError,
     ServerError,
     ShuttingDownError,
 )
@@ -37,15 +40,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
     from contextlib import AbstractContextManager
 
-    from numpy.typing import NDArray
-
     from server.board import Board
     from server.engine.admission import Admission, Ticket
     from server.engine.interface import Capabilities, Engine, EngineRequest, EngineResult, Piece
+    from server.engine.shared_samples import Place, SharedSamples
 
 _log = logging.getLogger(__name__)
 
-_LENGTHS = struct.Struct(">QQ")  # bytes of the pickle, samples of the waveform
+_LENGTH = struct.Struct(">Q")  # bytes of the pickle
 _BUFFER_BYTES = 1 << 20
 _NOTHING = np.zeros(0, np.float32)
 _DEADLINE_GRACE_S = 10.0  # for the engine to say itself that it is over
@@ -62,16 +64,11 @@ class _Answer:
 
 
 class _Channel(asyncio.BufferedProtocol):
-    """One end of the socket pair.
-
-    What arrives is received where it stays: a waveform is not copied again.
-    """
+    """One end of the socket pair."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._messages: asyncio.Queue[tuple[str, int, Any, NDArray[np.float32]] | None] = (
-            asyncio.Queue()
-        )
+        self._messages: asyncio.Queue[tuple[str, int, Any] | None] = asyncio.Queue()
         self._can_write = asyncio.Event()
         self._closed = asyncio.Event()
         self._parts = self._receive_parts()
@@ -84,18 +81,11 @@ class _Channel(asyncio.BufferedProtocol):
         _, channel = await asyncio.get_running_loop().create_unix_connection(cls, sock=end)
         return channel
 
-    def send(
-        self,
-        kind: str,
-        key: int,
-        value: object = None,
-        waveform: NDArray[np.float32] = _NOTHING,
-    ) -> None:
+    def send(self, kind: str, key: int, value: object = None) -> None:
         transport = self._transport
         if transport is not None and not transport.is_closing():
             message = pickle.dumps((kind, key, value))
-            head = _LENGTHS.pack(len(message), waveform.size) + message
-            transport.writelines((head, waveform.data.cast("B")) if waveform.size else (head,))
+            transport.write(_LENGTH.pack(len(message)) + message)
 
     async def drain(self) -> None:
         """Wait for room to send more; raises OSError where the other process is gone."""
@@ -103,7 +93,7 @@ class _Channel(asyncio.BufferedProtocol):
         if self._closed.is_set():
             raise ConnectionResetError
 
-    async def receive(self) -> tuple[str, int, Any, NDArray[np.float32]]:
+    async def receive(self) -> tuple[str, int, Any]:
         """Raises OSError where the other process is gone."""
         message = await self._messages.get()
         if message is None:
@@ -118,17 +108,12 @@ class _Channel(asyncio.BufferedProtocol):
 
     def _receive_parts(self) -> Generator[memoryview]:
         """Yield what is to be filled next; messages are complete in between."""
-        lengths = bytearray(_LENGTHS.size)
+        length = bytearray(_LENGTH.size)
         while True:
-            yield memoryview(lengths)
-            message_bytes, samples = _LENGTHS.unpack(lengths)
-            message = bytearray(message_bytes)
+            yield memoryview(length)
+            message = bytearray(*_LENGTH.unpack(length))
             yield memoryview(message)
-            waveform = np.empty(samples, np.float32)
-            if samples:
-                yield waveform.data.cast("B")
-            kind, key, value = pickle.loads(message)  # noqa: S301 - from our own process
-            self._messages.put_nowait((kind, key, value, waveform))
+            self._messages.put_nowait(pickle.loads(message))  # noqa: S301 - from our own process
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - of a socket
         self._transport = transport
@@ -161,6 +146,7 @@ class RemoteEngine:
         self,
         end: socket.socket,
         board: Board,
+        samples: SharedSamples,
         admission: Admission,
         *,
         own_metrics: Callable[[], bytes],
@@ -170,11 +156,13 @@ class RemoteEngine:
         Args:
             end: of the socket pair; the engine's host holds the other.
             board: shared with it and the other front ends.
+            samples: shared with it.
             admission: counts on the board.
             own_metrics: of this process, in Prometheus' text format.
         """
         self._end = end
         self._board = board
+        self._samples = samples
         self._admission = admission
         self._own_metrics = own_metrics
         self._channel: _Channel | None = None
@@ -183,6 +171,7 @@ class RemoteEngine:
         self._loaded = asyncio.Event()
         self._death: asyncio.Future[Exception] | None = None
         self._waiting: dict[int, Pending] = {}
+        self._lent: dict[int, Place] = {}
         self._keys = itertools.count()
         self._token_bytes: dict[int, bytes] = {}
         self._gate = Gate(admission)
@@ -225,17 +214,20 @@ class RemoteEngine:
         channel = self._channel
         if channel is None or not self.stats().alive:
             raise NotReadyError("the engine is not running")
+        place = self._samples.put(request.waveform)
+        if place is None:
+            raise QueueFullError("the samples of all that waits leave no room for more")
         key = next(self._keys)
+        self._lent[key] = place
         waiting = self._waiting[key] = Pending(request.on_piece)
         streams = request.on_piece is not None
-        told = (replace(request, waveform=_NOTHING, on_piece=None), streams)
-        waveform = np.ascontiguousarray(request.waveform, np.float32)
+        told = (replace(request, waveform=_NOTHING, on_piece=None), place, streams)
         patience_s = None
         if request.deadline_s is not None:
             patience_s = max(0.0, request.deadline_s - time.monotonic()) + _DEADLINE_GRACE_S
         try:
             async with asyncio.timeout(patience_s):
-                channel.send("submit", key, told, waveform)
+                channel.send("submit", key, told)
                 await channel.drain()
                 answered: _Answer = await waiting.answer
         except TimeoutError as error:
@@ -314,7 +306,7 @@ class RemoteEngine:
     async def _listen(self, channel: _Channel) -> None:
         try:
             while True:
-                kind, key, value, _ = await channel.receive()
+                kind, key, value = await channel.receive()
                 self._hear(channel, kind, key, value)
         except OSError:
             self._die(RuntimeError("the engine's process has ended"))
@@ -338,9 +330,12 @@ class RemoteEngine:
         elif kind == "piece":
             if (waiting := self._waiting.get(key)) is not None:
                 waiting.tell(value)
-        # Else gone: its client has left meanwhile.
-        elif (waiting := self._waiting.pop(key, None)) is not None:
-            waiting.end(value)
+        else:
+            if (place := self._lent.pop(key, None)) is not None:
+                self._samples.give_back(place)
+            # Else gone: its client has left meanwhile.
+            if (waiting := self._waiting.pop(key, None)) is not None:
+                waiting.end(value)
 
     def _die(self, error: Exception) -> None:
         if self._death is not None and not self._death.done():
@@ -404,8 +399,13 @@ class EngineHost:
             await asyncio.wait([self._posting])
         await self._engine.stop()
 
-    async def serve(self, end: socket.socket) -> None:
-        """Serve one front end until it goes; what it waited for is cancelled then."""
+    async def serve(self, end: socket.socket, samples: SharedSamples) -> None:
+        """Serve one front end until it goes; what it waited for is cancelled then.
+
+        Args:
+            end: of the socket pair; the front end holds the other.
+            samples: shared with it.
+        """
         channel = await _Channel.over(end)
         self._channels[channel] = b""
         if self._capabilities is not None:
@@ -413,7 +413,7 @@ class EngineHost:
         tasks: dict[int, asyncio.Task[None]] = {}
         try:
             while True:
-                kind, key, value, waveform = await channel.receive()
+                kind, key, value = await channel.receive()
                 if kind == "cancel":
                     if (task := tasks.get(key)) is not None:
                         task.cancel()
@@ -423,7 +423,10 @@ class EngineHost:
                 elif kind == "collect":
                     self._begin(tasks, key, self._collect(channel, key))
                 else:
-                    self._begin(tasks, key, self._answer(channel, key, value, waveform))
+                    request, place, streams = value
+                    clip = replace(request, waveform=samples.view(place))
+                    task = self._begin(tasks, key, self._answer(channel, key, clip, streams))
+                    task.add_done_callback(partial(self._tell_of_the_end, channel, key))
         except OSError:
             pass
         finally:
@@ -438,26 +441,25 @@ class EngineHost:
     @staticmethod
     def _begin(
         tasks: dict[int, asyncio.Task[None]], key: int, work: Coroutine[None, None, None]
-    ) -> None:
+    ) -> asyncio.Task[None]:
         tasks[key] = task = asyncio.create_task(work)
         task.add_done_callback(lambda _: tasks.pop(key, None))
+        return task
+
+    @staticmethod
+    def _tell_of_the_end(channel: _Channel, key: int, task: asyncio.Task[None]) -> None:
+        """Answer what was cancelled, though nobody waits for more than its samples' place."""
+        if task.cancelled():
+            channel.send("answer", key)
 
     async def _answer(
-        self,
-        channel: _Channel,
-        key: int,
-        told: tuple[EngineRequest, bool],
-        waveform: NDArray[np.float32],
+        self, channel: _Channel, key: int, request: EngineRequest, streams: bool
     ) -> None:
-        request, streams = told
-
         def tell(piece: Piece) -> None:
             channel.send("piece", key, piece)
 
         try:
-            result = await self._engine.submit(
-                replace(request, waveform=waveform, on_piece=tell if streams else None)
-            )
+            result = await self._engine.submit(replace(request, on_piece=tell if streams else None))
             ids = sorted(set(result.token_ids))
             spelt = dict(zip(ids, self._engine.token_bytes(ids), strict=True))
         except ServerError as error:

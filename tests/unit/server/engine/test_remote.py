@@ -1,6 +1,7 @@
 """An engine in another process, here over a socket pair within one."""
 
 import asyncio
+import os
 import pickle
 import socket
 from contextlib import asynccontextmanager
@@ -14,9 +15,10 @@ from server.engine.admission import Admission
 from server.engine.continuous import ContinuousEngine
 from server.engine.decoding import Decoding
 from server.engine.interface import NO_GUARDS, EngineRequest
-from server.engine.remote import _LENGTHS, EngineHost, RemoteEngine, _Channel
+from server.engine.remote import _LENGTH, EngineHost, RemoteEngine, _Channel
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
+from server.engine.shared_samples import SharedSamples
 from server.errors import (
     InferenceFailedError,
     InvalidRequestError,
@@ -51,7 +53,7 @@ def request(waveform, **fields):
 class Server:
     """A host, and as many front ends' engines as are asked for."""
 
-    def __init__(self, load, front_ends=2, max_requests=8):
+    def __init__(self, load, front_ends=2, max_requests=8, room_s=120.0):
         self.board = Board.create(front_ends, 1)
         own = Admission(max_requests=1, max_audio_s=1.0)
         self.engine = ContinuousEngine(
@@ -63,6 +65,9 @@ class Server:
         self.remotes, self.serving = [], []
         for place in range(front_ends):
             ours, theirs = socket.socketpair()
+            samples = SharedSamples.create(int(room_s * 16_000))
+            theirs_too = SharedSamples(samples.file)
+            os.close(samples.file)
             seat = Seat(self.board, place)
             admission = Admission(
                 max_requests=max_requests,
@@ -72,9 +77,11 @@ class Server:
             )
             own = text_of(place + 1)
             self.remotes.append(
-                RemoteEngine(theirs, self.board, admission, own_metrics=lambda own=own: own)
+                RemoteEngine(
+                    theirs, self.board, theirs_too, admission, own_metrics=lambda own=own: own
+                )
             )
-            self.serving.append(asyncio.create_task(self.host.serve(ours)))
+            self.serving.append(asyncio.create_task(self.host.serve(ours, samples)))
 
     async def start(self):
         async with asyncio.TaskGroup() as group:
@@ -204,13 +211,34 @@ async def test_an_answer_that_cannot_be_told_is_an_error_not_a_wait(runner, monk
                 await server.remotes[0].submit(request(CLIPS[0]))
 
 
-async def test_a_waveform_larger_than_what_a_socket_holds_arrives_whole(tiny, runner):
-    """With others under way, and none of it shared: each hears its own."""
-    async with serving(runner, front_ends=1) as server:
+async def test_a_place_for_samples_is_used_again_when_its_clip_is_answered(tiny, runner):
+    """Room for two clips, one of them cancelled half way, and many that come after."""
+    async with serving(runner, front_ends=1, room_s=7.0) as server:
         (remote,) = server.remotes
-        results = await asyncio.gather(*(remote.submit(request(c)) for c in (LONG, *CLIPS)))
-        expected = [generate_alone(tiny, clip) for clip in (LONG, *CLIPS)]
-        assert [list(result.token_ids) for result in results] == expected
+        leaving = asyncio.create_task(remote.submit(request(CLIPS[1])))
+        staying = asyncio.create_task(remote.submit(request(CLIPS[3])))
+        await until(lambda: server.engine.stats().running == 2)
+        with pytest.raises(QueueFullError):
+            await remote.submit(request(CLIPS[2]))
+        leaving.cancel()
+        await until(lambda: len(remote._lent) < 2)
+        expected = [generate_alone(tiny, clip) for clip in CLIPS]
+        assert list((await staying).token_ids) == expected[3]
+        for clip, token_ids in zip(CLIPS * 3, expected * 3, strict=True):
+            assert list((await remote.submit(request(clip))).token_ids) == token_ids
+        assert not remote._lent
+
+
+async def test_who_leaves_before_the_engine_has_heard_of_it_gives_its_place_back(runner):
+    async with serving(runner, front_ends=1, room_s=2.0) as server:
+        (remote,) = server.remotes
+        for _ in range(20):
+            leaving = asyncio.create_task(remote.submit(request(CLIPS[2])))
+            await asyncio.sleep(0)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            await until(lambda: not remote._lent)
+        assert (await remote.submit(request(CLIPS[2]))).token_ids
 
 
 async def test_messages_arrive_whole_in_whatever_parts_they_come():
@@ -218,21 +246,17 @@ async def test_messages_arrive_whole_in_whatever_parts_they_come():
     ours.setblocking(False)
     receiver = await _Channel.over(theirs)
     rng = np.random.default_rng(0)
-    waveforms = [rng.normal(size=size).astype(np.float32) for size in (0, 1, 700, 0, 3000)]
-    whole = b""
-    for key, waveform in enumerate(waveforms):
-        message = pickle.dumps(("submit", key, "x" * 100))
-        whole += _LENGTHS.pack(len(message), waveform.size) + message + waveform.tobytes()
+    sent = [("submit", key, "x" * size) for key, size in enumerate((0, 1, 700, 0, 30_000))]
+    whole = b"".join(
+        _LENGTH.pack(len(message)) + message for message in (pickle.dumps(each) for each in sent)
+    )
     loop = asyncio.get_running_loop()
     while whole:
         size = int(rng.integers(1, 400))
         await loop.sock_sendall(ours, whole[:size])
         await asyncio.sleep(0)
         whole = whole[size:]
-    for key, waveform in enumerate(waveforms):
-        kind, heard_key, value, heard = await receiver.receive()
-        assert (kind, heard_key, value) == ("submit", key, "x" * 100)
-        np.testing.assert_array_equal(heard, waveform)
+    assert [await receiver.receive() for _ in sent] == sent
     ours.close()
     with pytest.raises(OSError):  # noqa: PT011 - whichever the system gives
         await receiver.receive()

@@ -1,0 +1,80 @@
+"""Waveforms in memory that a front end and the engine's process share.
+
+The front end puts a clip's samples there and says where; the engine reads them in place. So the
+engine's process, which every clip passes through, neither copies nor receives them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_SAMPLE_BYTES = np.dtype(np.float32).itemsize
+_ALIGNMENT = 1024  # samples; a page
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a waveform lies: its first sample, and how many there are."""
+
+    first: int
+    size: int
+
+
+class SharedSamples:
+    """A file in memory of float32 samples. Only one process, the front end, hands out places.
+
+    Memory is taken when it is first written to, and the lowest free place is taken first, so what
+    is used is near what was in use at most.
+    """
+
+    def __init__(self, file: int) -> None:
+        """Map a file that `create` made, in this process or in that which started it."""
+        self.file = file
+        self._samples = np.frombuffer(mmap.mmap(file, 0), np.float32)
+        self._free = [(0, self._samples.size)]  # from, to; sorted, and none beside another
+
+    @classmethod
+    def create(cls, samples: int) -> SharedSamples:
+        """Make room for at least so many samples, none of which takes memory yet."""
+        file = os.memfd_create("speechllm-samples")
+        os.ftruncate(file, _whole_pages(samples) * _SAMPLE_BYTES)
+        return cls(file)
+
+    def put(self, waveform: NDArray[np.float32]) -> Place | None:
+        """Copy a waveform (N,) to a free place; None where there is none."""
+        wanted = _whole_pages(waveform.size)
+        for index, (begin, end) in enumerate(self._free):
+            if end - begin >= wanted:
+                rest = [(begin + wanted, end)] if end - begin > wanted else []
+                self._free[index : index + 1] = rest
+                self._samples[begin : begin + waveform.size] = waveform
+                return Place(begin, waveform.size)
+        return None
+
+    def view(self, place: Place) -> NDArray[np.float32]:
+        """The waveform (N,) at a place; what is put there later, too, once it is given back."""
+        return self._samples[place.first : place.first + place.size]
+
+    def give_back(self, place: Place) -> None:
+        """Let others have a place that `put` gave; once."""
+        begin, end = place.first, place.first + _whole_pages(place.size)
+        index = bisect_left(self._free, (begin, end))
+        if index < len(self._free) and self._free[index][0] == end:
+            end = self._free.pop(index)[1]
+        if index and self._free[index - 1][1] == begin:
+            index -= 1
+            begin = self._free.pop(index)[0]
+        self._free.insert(index, (begin, end))
+
+
+def _whole_pages(samples: int) -> int:
+    return max(1, -(-samples // _ALIGNMENT)) * _ALIGNMENT
