@@ -34,10 +34,10 @@ from benchmarks.report import markdown_table, write_report
 from benchmarks.shapes import Shape, make_checkpoint
 from model.log_mel import SAMPLE_RATE_HZ
 from model.transcription import Transcriber
-from server.engine.decode_step import CudaGraphs
 from server.engine.decoder_pass import ModelPass
 from server.engine.kv_slots import layer_shapes
 from server.engine.packed_linear import PackedLinear
+from server.engine.recordings import CudaGraphs
 from server.engine.runner import SpeechRunner, use_cpu_threads
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from benchmarks.report import describe_machine, markdown_table
 from benchmarks.servers import our_server
 from benchmarks.shapes import Shape, make_checkpoint
 from model.transcription import Transcriber
-from server.engine.decode_step import CudaGraphs
+from server.engine.recordings import CudaGraphs
 from server.engine.runner import SpeechRunner
 
 if TYPE_CHECKING:

@@ -49,12 +49,28 @@ def encode(
     if mode == "padded":
         frames = encoder(input_features).last_hidden_state
         return frames[:, : int(frame_lens.max())], frame_lens
-    return _encode_trimmed(encoder, input_features, feature_lens, frame_lens), frame_lens
+    return encode_trimmed(encoder, input_features, feature_lens), frame_lens
 
 
-def _encode_trimmed(
-    encoder: WhisperEncoder, input_features: Tensor, feature_lens: Tensor, frame_lens: Tensor
+def encode_trimmed(
+    encoder: WhisperEncoder,
+    input_features: Tensor,
+    feature_lens: Tensor,
+    *,
+    looks_for_padding: bool = True,
 ) -> Tensor:
+    """Encode log-mel features as mode `trimmed` does.
+
+    Args:
+        encoder: transformers' Whisper encoder of any size.
+        input_features: (B, M, T).
+        feature_lens: (B,) int64, valid mel frames, on the same device.
+        looks_for_padding: attend without a mask where there is no padding, which is faster, but
+            to know it takes a look at the device.
+
+    Returns:
+        Encoder frames (B, F, D).
+    """
     # Zeroes past a clip's end are what the convolutions' own padding gives a clip alone.
     feature_mask = length_mask(feature_lens, input_features.shape[-1])
     hidden = functional.gelu(encoder.conv1(input_features * feature_mask[:, None]))
@@ -65,7 +81,8 @@ def _encode_trimmed(
     attention_mask = create_bidirectional_mask(
         config=encoder.config,
         inputs_embeds=hidden,
-        attention_mask=length_mask(frame_lens, hidden.shape[1]),
+        attention_mask=length_mask(encoder_frame_lens(feature_lens), hidden.shape[1]),
+        allow_is_bidirectional_skip=looks_for_padding,
     )
     for layer in encoder.layers:
         hidden = layer(hidden, attention_mask)

@@ -6,8 +6,8 @@
 #   recipes/default/run.sh DATA WORK
 #
 # DATA holds manifests/, audio/, noise/, text/ and whisper-tiny.en/; WORK takes a few gigabytes.
-# Needs Debian's espeak-ng, flite, wordnet-base and r-cran-janeaustenr, npm, and `speechllm` on the
-# PATH.
+# Needs Debian's espeak-ng, flite, wordnet-base and r-cran-janeaustenr, npm, and the virtual
+# environment of `make setup` on the PATH.
 set -euo pipefail
 
 data=$(realpath "${1:?usage: run.sh DATA WORK}")
@@ -202,6 +202,46 @@ speechllm train connector --cache "$work/cache6_61" --cache "$work/cache6_52" \
     --model "$work/connector7" --max-batch-audio-s 40 --text-batch-tokens 250 \
     --learning-rate 3e-4 "${read_too[@]}" --output "$work/connector8"
 python "$here/average.py" --model "$work/connector6" --towards "$work/connector8" --share 0.7 \
+    --output "$work/connector9"
+
+# The same again with twice as many sentences spoken, and half of the ones of before.
+python "$here/synthesise.py" --text-dir "$text/spoken" --manifests "$data/manifests" \
+    --output "$work/synthetic3" --jobs "$(nproc)" --english 11000 --mongolian 0 --seed 3
+awk 'NR % 2 == 1' "$work/synthetic2/train.jsonl" >"$work/synthetic2/train_half.jsonl"
+wide=(--speed-share 0.75 --speed-range 0.85 1.2)
+augment --manifest "$work/synthetic3/train.jsonl" --plain-copies 0 --augmented-copies 1 --seed 71 \
+    --output "$work/cache7"
+augment --manifest "$work/synthetic2/train_half.jsonl" --plain-copies 0 --augmented-copies 1 \
+    --seed 72 --output "$work/cache7_before"
+augment --manifest "$prepared/train_human.jsonl" --plain-copies 0 --augmented-copies 1 "${wide[@]}" \
+    --seed 73 --output "$work/cache7_human"
+augment --manifest "$prepared/picovoice3.jsonl" --plain-copies 0 --augmented-copies 1 "${wide[@]}" \
+    --seed 74 --output "$work/cache7_orders"
+speechllm train connector --cache "$work/cache7" --cache "$work/cache7_before" \
+    --cache "$work/cache7_human" --cache "$work/cache7_orders" --cache "$work/cache6_52" \
+    --cache "$work/cache6_56" --cache "$work/cache6_57" --model "$work/connector9" \
+    --max-batch-audio-s 40 --text-batch-tokens 250 --learning-rate 3e-4 "${read_too[@]}" \
+    --output "$work/connector10"
+python "$here/average.py" --model "$work/connector9" --towards "$work/connector10" --share 0.7 \
+    --output "$work/connector11"
+
+# More people than the recordings hold: sentences of Common Voice in the voices of a neural
+# synthesiser, and mixtures of them.
+npm pack --silent --pack-destination "$work" kokoro-js@1.2.1
+mkdir -p "$work/kokoro"
+tar xzf "$work/kokoro-js-1.2.1.tgz" -C "$work/kokoro"
+python "$here/synthesise_neural.py" --text "$data/text/en.txt" --manifests "$data/manifests" \
+    --voices "$work/kokoro/package/voices" --output "$work/kokoro" --count 1984 --seed 11 \
+    --jobs "$(nproc)"
+augment --manifest "$work/kokoro/train.jsonl" --augmented-copies 1 --seed 81 --output "$work/cache8"
+augment --manifest "$work/kokoro/train.jsonl" --plain-copies 0 --augmented-copies 2 "${wide[@]}" \
+    --seed 82 --output "$work/cache8_wide"
+speechllm train connector --cache "$work/cache8" --cache "$work/cache8_wide" \
+    --cache "$work/cache7_human" --cache "$work/cache7_orders" --cache "$work/cache6_52" \
+    --cache "$work/cache6_56" --cache "$work/cache6_57" --model "$work/connector11" \
+    --max-batch-audio-s 40 --text-batch-tokens 200 --learning-rate 5e-4 "${read_too[@]}" \
+    --epochs 2 --output "$work/connector12"
+python "$here/average.py" --model "$work/connector11" --towards "$work/connector12" --share 0.7 \
     --output "$work/connector"
 
 # What the server loads: the product without the run's state.

@@ -1,21 +1,19 @@
 """What the LLM does on the device: prefills, and decode steps from ids to the likeliest tokens.
 
-On a CUDA device both are recorded once for each of few shapes, as CUDA graphs. A step of a small
-model is hundreds of short kernels, which a GPU runs faster than Python launches them. A recording
-launches all at once, but its tensors are always the same ones, so inputs are copied into them, and
-rows are rounded up to a bucket. The rows that this adds are free slots, since used ones come first;
-what is written there, a prompt overwrites.
+On a CUDA device both are recorded once for each of few shapes. The rows that rounding up to one
+adds are free slots, since used ones come first; what is written there, a prompt overwrites.
 
 Axis legend: R rows, B prompts, L their positions, S slots, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from server.engine.recordings import Recordings, bucket, buckets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,32 +22,11 @@ if TYPE_CHECKING:
 
     from server.engine.decoder_pass import DecoderPass
     from server.engine.kv_slots import KVSlots
-
-    Run = Callable[[], Any]
-
-_log = logging.getLogger(__name__)
+    from server.engine.recordings import Run
 
 _MIN_LIVE_TOKENS = 128
 _MIN_PROMPT_TOKENS = 64
 _MOST_PREFILL_TOKENS = 4096  # of a recording; with more, a GPU takes longer than Python
-_WARM_UP_RUNS = 2  # libraries allocate on the first
-
-
-def bucket(count: int, smallest: int, largest: int) -> int:
-    """Round up to `smallest` times a power of two, at most `largest`."""
-    size = smallest
-    while size < count:
-        size *= 2
-    return min(size, largest)
-
-
-def buckets(smallest: int, largest: int) -> list[int]:
-    """All that `bucket` rounds to, the largest first."""
-    sizes = {largest}
-    while smallest < largest:
-        sizes.add(smallest)
-        smallest *= 2
-    return sorted(sizes, reverse=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,41 +121,6 @@ class DecodeStep:
         return self._compute(numbers)
 
 
-class CudaGraphs:
-    """Records what a function launches, on the thread's current device.
-
-    All recordings share a stream, and the memory in between: the output of one holds until the
-    next one is launched.
-    """
-
-    def __init__(self) -> None:
-        """Touch no device yet."""
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
-
-    def __call__(self, run: Run) -> Run:
-        """Record `run`; what is returned launches it again on the same tensors."""
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream())
-        # Around the recording, too: one that fails would leave its stream the current one.
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                run()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                output = run()
-        torch.cuda.current_stream().wait_stream(stream)
-
-        def replay() -> Any:  # noqa: ANN401 - what `run` gives
-            graph.replay()
-            return output
-
-        return replay
-
-
 class RecordedStep(DecodeStep):
     """Runs decode steps from recordings."""
 
@@ -198,7 +140,6 @@ class RecordedStep(DecodeStep):
             record: runs a function as often as it likes, and returns one that does the same.
         """
         super().__init__(embed, decoder_pass, slots)
-        self._record = record
         n_slots, capacity = slots.plan.n_slots, slots.plan.slot_tokens
         self._numbers = torch.zeros(3, n_slots, dtype=torch.int64, device=self._device)
         self._host = torch.zeros_like(self._numbers, device="cpu")
@@ -206,8 +147,7 @@ class RecordedStep(DecodeStep):
             self._host = self._host.pin_memory()
         self._min_live = capacity if decoder_pass.reads_own_lengths else _MIN_LIVE_TOKENS
         self._prompts = _Prompts(self._last_embeds) if decoder_pass.is_prefill_recordable else None
-        self._recordings: dict[tuple[object, ...], Run] = {}
-        self._is_able = True
+        self._recordings = Recordings(record, "what the LLM does")
 
     def warm_up(self) -> None:
         """Record every shape before the first request, the largest first, whose memory all use."""
@@ -236,7 +176,7 @@ class RecordedStep(DecodeStep):
 
     def _run(self, rows: slice, numbers: Tensor) -> tuple[Tensor, Tensor]:
         # Of a part of the rows, those that a bucket adds would be others that are in use.
-        if rows != slice(0, self._slots.used) or not self._is_able:
+        if rows != slice(0, self._slots.used) or not self._recordings.is_able:
             return super()._run(rows, numbers)
         plan, count = self._slots.plan, rows.stop
         padded = bucket(count, 1, plan.n_slots)
@@ -258,7 +198,7 @@ class RecordedStep(DecodeStep):
             compute.slots.begin_padded(numbers[1], live)
             return compute(numbers)
 
-        outputs: tuple[Tensor, Tensor] | None = self._replay(("step", rows, live), run)
+        outputs: tuple[Tensor, Tensor] | None = self._recordings.replay(("step", rows, live), run)
         return outputs
 
     def _replay_prefill(self, prompts: _Prompts, rows: int, length: int) -> bool:
@@ -270,23 +210,7 @@ class RecordedStep(DecodeStep):
             compute.decoder_pass.prefill(embeds, position_ids, compute.slots)
             return True
 
-        return bool(self._replay(("prefill", rows, length), run))
-
-    def _replay(self, shape: tuple[object, ...], run: Run) -> Any:  # noqa: ANN401 - what `run` gives
-        """Run a shape from its recording, which is made if need be; None if it cannot be."""
-        if not self._is_able:
-            return None
-        try:
-            if shape not in self._recordings:
-                self._recordings[shape] = self._record(run)
-            return self._recordings[shape]()
-        except RuntimeError:
-            _log.exception(
-                "what the LLM does could not be recorded; it runs unrecorded from now on"
-            )
-            self._is_able = False
-            self._recordings.clear()
-            return None
+        return bool(self._recordings.replay(("prefill", rows, length), run))
 
 
 class _Prompts:

@@ -29,12 +29,14 @@ from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
 from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import previous_text_tail, token_budget
 from model.transcription import Transcriber, identify_language
-from server.engine.decode_step import CudaGraphs, DecodeStep, RecordedStep, StepInputs
+from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
+from server.engine.decode_step import DecodeStep, RecordedStep, StepInputs
 from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
+from server.engine.recordings import CudaGraphs
 from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
@@ -50,9 +52,9 @@ if TYPE_CHECKING:
 
     from model.ctc_prefix import ClipPosteriors
     from model.modeling import EmbeddedAudio
-    from server.engine.decode_step import Run
     from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
+    from server.engine.recordings import Run
 
 _log = logging.getLogger(__name__)
 
@@ -122,8 +124,8 @@ class SpeechRunner:
                 after another; None does on a CUDA device. A CPU gains nothing from a batch, and
                 would compute its padding.
             make_pass: how its decode steps go through the LLM.
-            record: makes recordings of decode steps where the pass can be recorded; None runs
-                every step anew.
+            record: makes recordings of the encoder, and of decode steps where the pass can be
+                recorded; None runs everything anew.
 
         Raises:
             ValueError: the LLM is none that the engine can run, or not one slot fits.
@@ -155,6 +157,11 @@ class SpeechRunner:
             self._decode: DecodeStep = RecordedStep(self._embed, decoder_pass, self._slots, record)
         else:
             self._decode = DecodeStep(self._embed, decoder_pass, self._slots)
+        self._encode = (
+            AudioEncoder(self._model, self._processor)
+            if record is None
+            else RecordedAudioEncoder(self._model, self._processor, record)
+        )
         self._rows: list[_Row] = []
         _log.info(
             "KV slots",
@@ -360,9 +367,7 @@ class SpeechRunner:
         return clip_posteriors(audio, head, self.stop_ids, weight)
 
     def _embed_audio(self, plans: Sequence[Plan]) -> EmbeddedAudio:
-        waveforms = [plan.waveform for plan in plans]
-        features, feature_lens = self._processor.features(waveforms, self._device)
-        frames, frame_lens = self._model.encode(features, feature_lens)
+        frames, frame_lens = self._encode([plan.waveform for plan in plans])
         for plan, row, length in zip(plans, frames, frame_lens.tolist(), strict=True):
             if plan.heard is not None:
                 plan.heard.encoder_frames = row[:length].clone()  # lets the batch go
@@ -455,9 +460,10 @@ class SpeechRunner:
         return identify_language(text, self._config.languages or [])
 
     def warm_up(self) -> None:
-        """Transcribe a little noise, and record decode steps if they are run from recordings."""
+        """Transcribe a little noise, and record what is run from recordings."""
         self._try(_WARM_UP_S[: self.n_slots])
         with torch.inference_mode():
+            self._encode.warm_up()
             self._decode.warm_up()
 
     def recover(self) -> None:

@@ -1,0 +1,137 @@
+"""Recorded shapes on the CPU, where a recording is the function itself."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.transcription import Transcriber
+from server.engine import audio_encoder
+from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
+from tests.speech_models import noise
+
+MODES = ("trimmed", "padded")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint):
+    return Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def encoders(tiny, monkeypatch):
+    """Makes the two of a mode, and lists the shapes that are recorded."""
+
+    def make(mode, record=lambda run: run):
+        monkeypatch.setattr(tiny.model.config, "encoder_mode", mode)
+        monkeypatch.setattr(tiny.processor, "encoder_mode", mode)
+        parts = tiny.model, tiny.processor
+        return AudioEncoder(*parts), RecordedAudioEncoder(*parts, record)
+
+    return make
+
+
+def assert_same(anew, recorded, clips):
+    with torch.inference_mode():
+        expected, expected_lens = anew(clips)
+        frames, lens = recorded(clips)
+    assert lens.tolist() == expected_lens.tolist()
+    assert frames.shape == expected.shape
+    for row, expected_row, length in zip(frames, expected, lens.tolist(), strict=True):
+        torch.testing.assert_close(row[:length], expected_row[:length], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recorded_batches_are_encoded_as_they_are_anew(mode, encoders):
+    """One after another, so that what a batch leaves behind would be heard in the next."""
+    anew, recorded = encoders(mode)
+    sizes = st.lists(st.integers(1, 60_000), min_size=1, max_size=5)
+
+    @settings(max_examples=8 if mode == "padded" else 25, deadline=None)
+    @given(st.lists(sizes, min_size=1, max_size=3))
+    def check(batches):
+        for batch in batches:
+            clips = [noise(size / 16_000, seed)[:size] for seed, size in enumerate(batch)]
+            assert_same(anew, recorded, clips)
+
+    check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seconds", [2.0, 2.01, 29.99, 30.0])
+def test_clips_as_long_as_a_recording_and_the_window(mode, seconds, encoders):
+    assert_same(*encoders(mode), [noise(seconds, 1), noise(0.5, 2)])
+
+
+def test_a_clip_that_is_too_long_is_refused(encoders):
+    for encoder in encoders("trimmed"):
+        with pytest.raises(ValueError, match="longer than the encoder's 30 s window"):
+            encoder([noise(30.5, 1)])
+
+
+def test_after_warming_up_nothing_is_recorded_and_large_batches_run_anew(encoders, monkeypatch):
+    monkeypatch.setattr(audio_encoder, "_MOST_FRAMES", 1_600)
+    shapes = []
+
+    def record(run):
+        shapes.append(tuple(run().shape[:2]))
+        return run
+
+    anew, recorded = encoders("trimmed", record)
+    with torch.inference_mode():
+        recorded.warm_up()
+    # Encoder frames, half as many as of mel.
+    assert shapes[0] in {(1, 800), (2, 400), (4, 200), (8, 100)}  # the largest first
+    expected = {(1, 800), (1, 400), (2, 400), (1, 200), (2, 200), (4, 200)}
+    assert set(shapes) == expected | {(1, 100), (2, 100), (4, 100), (8, 100)}
+    assert len(shapes) == len(set(shapes))
+    for lengths in ((1.0,), (3.0, 1.0), (7.9, 0.2), (1.0,) * 8, (3.0,) * 5, (1.0,) * 9, (20.0,)):
+        clips = [noise(seconds, seed) for seed, seconds in enumerate(lengths)]
+        assert_same(anew, recorded, clips)
+    assert len(shapes) == len(set(shapes)) == 10
+
+
+def test_a_large_encoder_is_recorded_for_small_batches_only(encoders, tiny, monkeypatch):
+    parameters = sum(each.numel() for each in tiny.model.encoder.parameters())
+    monkeypatch.setattr(audio_encoder, "_MOST_FLOPS", parameters * 400.0)
+    shapes = []
+
+    def record(run):
+        shapes.append(tuple(run().shape[:2]))
+        return run
+
+    anew, recorded = encoders("trimmed", record)
+    assert_same(anew, recorded, [noise(1.0, 1), noise(2.0, 2)])
+    assert_same(anew, recorded, [noise(1.0, 1), noise(1.0, 2), noise(1.0, 3)])
+    assert_same(anew, recorded, [noise(5.0, 1)])
+    assert shapes == [(2, 100)]
+
+
+def test_what_cannot_be_recorded_runs_anew(encoders, caplog):
+    def record(_run):
+        raise RuntimeError("no graph of this")
+
+    anew, recorded = encoders("trimmed", record)
+    for seconds in (1.0, 3.0):
+        assert_same(anew, recorded, [noise(seconds, 1)])
+    assert [each.message for each in caplog.records] == [
+        "the encoder could not be recorded, and runs unrecorded from now on"
+    ]
+
+
+def test_an_encoder_that_is_gone_keeps_no_memory(encoders):
+    _, recorded = encoders("trimmed")
+    with torch.inference_mode():
+        recorded([np.zeros(16_000, np.float32)])
+    samples = weakref.ref(recorded)
+    gc.collect()
+    gc.disable()
+    try:
+        del recorded
+        assert samples() is None
+    finally:
+        gc.enable()
