@@ -13,8 +13,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -34,19 +36,23 @@ from benchmarks.report import describe_machine, markdown_table
 from benchmarks.servers import our_server
 from benchmarks.shapes import Shape, make_checkpoint
 from model.transcription import Transcriber
+from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
 from server.engine.recordings import CudaGraphs
 from server.engine.runner import SpeechRunner
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from benchmarks.load import Clip
+    from server.engine.recordings import Run
 
 CLIP_S = 8.0
 TOKENS_PER_AUDIO_S = 3.0
 STEPS = 20
 ROUNDS = 3
 WAVES_OFFLINE = 4
+ENCODED_TOGETHER = (1, 30)
+ENCODINGS = 20
 CLIPS_PER_CLIENT = 16
 MOST_CORES = 32
 # Of the issue: the best published figures for this model class on an H100, and beyond.
@@ -107,6 +113,32 @@ def measure_steps(transcriber: Transcriber, rows: int) -> list[Row]:
         Row(f"{name}, share of the roofline", share, STEPS_TO_REACH.get(rows)),
         Row(f"{name}, of `generate` / ours", times[GENERATE].wall_ms / times[ENGINE].wall_ms),
     ]
+
+
+def measure_encoding(transcriber: Transcriber, clips: Sequence[Clip]) -> list[Row]:
+    """What clips cost until they are encoder frames, recorded and not, in turns."""
+    record: Callable[[Run], Run] = CudaGraphs() if transcriber.device.type == "cuda" else _as_it_is
+    parts = transcriber.model, transcriber.processor
+    ways: dict[str, AudioEncoder] = {
+        "recorded": RecordedAudioEncoder(*parts, record, most_clips=len(clips)),
+        "launched one by one": AudioEncoder(*parts),
+    }
+    waveforms = [clip.waveform for clip in clips]
+    taken_ms: defaultdict[str, list[float]] = defaultdict(list)
+    with torch.inference_mode():
+        for timed in range(-1, ENCODINGS):
+            for way, encode in ways.items():
+                started = time.perf_counter()
+                _, lens = encode(waveforms)
+                lens.tolist()  # waits
+                if timed >= 0:
+                    taken_ms[way].append(1000 * (time.perf_counter() - started))
+    name = f"encoding {len(clips)} clips" if len(clips) > 1 else "encoding one clip"
+    return [Row(f"{name}, {way}, ms", statistics.median(ms)) for way, ms in taken_ms.items()]
+
+
+def _as_it_is(run: Run) -> Run:
+    return run
 
 
 def measure_offline(transcriber: Transcriber, clips: Sequence[Clip]) -> list[Row]:
@@ -178,6 +210,8 @@ def main(
         transcriber = Transcriber.from_pretrained(model, device, dtype)
         for batch in map(int, rows.split(",")):
             note(measure_steps(transcriber, batch))
+        for count in ENCODED_TOGETHER:
+            note(measure_encoding(transcriber, clips[:count]))
         note(measure_offline(transcriber, clips))
         del transcriber
         gc.collect()

@@ -111,24 +111,9 @@ def log_mel_spectrogram(
             f"{WINDOW_S} s window"
         )
     frame_lens = mel_frame_lens(sample_lens)
-    n_frames = WINDOW_FRAMES if full_window else int(frame_lens.max())
-    log_mel = log_mel_frames(waveforms, n_mels, n_frames)
-    return (log_mel if full_window else zero_past_ends(log_mel, frame_lens)), frame_lens
-
-
-def log_mel_frames(waveforms: Tensor, n_mels: int, n_frames: int) -> Tensor:
-    """Compute the first frames of clips; nothing waits for the device.
-
-    Args:
-        waveforms: (B, N) float32, 16 kHz, zero-padded on the right.
-        n_mels: mel bins.
-        n_frames: at least what the clips cover.
-
-    Returns:
-        (B, M, n_frames) float32; frames past a clip's end hold the floor.
-    """
     # Half a window of silence past the longest clip gives its last frames the zeros that
     # Whisper's own padding to 30 s would; a clip that fills the window is reflected, as there.
+    n_frames = WINDOW_FRAMES if full_window else int(frame_lens.max())
     total = min(WINDOW_SAMPLES, n_frames * HOP_SAMPLES + N_FFT)
     waveforms = waveforms[:, :total]
     waveforms = torch.nn.functional.pad(waveforms, (0, total - waveforms.shape[1]))
@@ -139,11 +124,10 @@ def log_mel_frames(waveforms: Tensor, n_mels: int, n_frames: int) -> Tensor:
     log_mel = (_mel_filters(n_mels, waveforms.device) @ power).clamp(min=1e-10).log10()
     floor = log_mel.amax(dim=(1, 2), keepdim=True) - DYNAMIC_RANGE
     log_mel = (torch.maximum(log_mel, floor) + 4.0) / 4.0
-    return log_mel[..., :n_frames]
-
-
-def zero_past_ends(log_mel: Tensor, frame_lens: Tensor) -> Tensor:
-    """Log-mel (B, M, T) with zeroes past the first `frame_lens[b]` frames of row b."""
-    positions = torch.arange(log_mel.shape[-1], device=log_mel.device)
-    valid = positions < frame_lens.to(log_mel.device)[:, None]
-    return log_mel * valid[:, None]
+    log_mel = log_mel[..., :n_frames]
+    if not full_window:
+        valid = (
+            torch.arange(n_frames, device=log_mel.device) < frame_lens.to(log_mel.device)[:, None]
+        )
+        log_mel = log_mel * valid[:, None]
+    return log_mel, frame_lens

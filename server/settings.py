@@ -165,7 +165,8 @@ class Settings(BaseSettings):
     )
     cuda_graphs: bool = Field(
         True,
-        description="On a CUDA device, record what LLMs built like Llama do as CUDA graphs.",
+        description="On a CUDA device, record the encoder, and what LLMs built like Llama do, as "
+        "CUDA graphs.",
     )
     silence_gate: bool = Field(
         True,

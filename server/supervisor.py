@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 
 _RESTART_PAUSE_S = 1.0
 _LONGEST_CLIP_S = 30.0  # Whisper's window
+_MOST_ROOM_S = 36_000.0  # 2.3 GB, of which what was never used takes no memory
 _END_GRACE_S = 15.0  # beyond the drain, for connections to close and processes to end
 
 
@@ -140,23 +141,28 @@ class _FrontEnds:
                     await self._ending.wait()
 
     async def _run(self, place: int) -> int:
-        ours, theirs = socket.socketpair()
         # A new one each time: in that of one that has died, the engine may still read.
         samples = SharedSamples.create(_most_samples(self._settings))
+        ours, theirs = socket.socketpair()
         files = (self._listener.fileno(), theirs.fileno(), self._board.file, samples.file)
         orders = Orders(self._settings, place, self._board.keys, *files)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)
         }
-        with theirs:
+        try:
             # A session of its own: Ctrl+C in a terminal ends this process, which ends the others.
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "server.front_end",
                 stdin=asyncio.subprocess.PIPE, pass_fds=files, env=environment,
                 start_new_session=True,
             )  # fmt: skip
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(samples.file)  # the mapping stays
         self._processes.add(process)
-        os.close(samples.file)  # the mapping stays
         serving = asyncio.create_task(self._host.serve(ours, samples))
         if self._ending.is_set():
             process.terminate()
@@ -176,6 +182,10 @@ class _FrontEnds:
 
 
 def _most_samples(settings: Settings) -> int:
-    """Room for all that may wait and run, twice: gaps between clips are lost."""
+    """Room for what waits and runs, twice: gaps between clips are lost.
+
+    What long recordings and live sessions send is not in this. Where there is none, a clip waits.
+    """
     running_s = _LONGEST_CLIP_S * (settings.max_batch_size + 1)
-    return int(2 * (settings.max_queue_audio_s + running_s) * SAMPLE_RATE_HZ)
+    audio_s = min(2 * (settings.max_queue_audio_s + running_s), _MOST_ROOM_S)
+    return int(audio_s * SAMPLE_RATE_HZ)

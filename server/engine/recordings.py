@@ -57,14 +57,19 @@ class CudaGraphs:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
-        # Around the recording, too: one that fails would leave its stream the current one.
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP_RUNS):
-                run()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-                output = run()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Around the recording, too: one that fails would leave its stream the current one.
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP_RUNS):
+                    run()
+                stream.synchronize()
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                    output = run()
+        except RuntimeError:
+            # The allocator takes the pool for one that is still recorded to.
+            self._stream = self._pool = None
+            raise
         torch.cuda.current_stream().wait_stream(stream)
 
         def replay() -> Any:  # noqa: ANN401 - what `run` gives

@@ -5,8 +5,9 @@
 
 A message is a pickle behind its length. Both ends are processes of this program that were started
 with one end of a socket pair each; nobody else can write to it. Samples lie in memory that both
-share, and every clip that was submitted is answered, cancelled ones too: then the front end may use
-their place again. What admission looks at lies in the shared board, so that a refusal asks nobody.
+share, and every clip that was submitted is answered, cancelled ones too: then the front end uses
+their place again. (The device's thread may still read that of a cancelled one, of which nobody sees
+anything.) What admission looks at lies in the shared board, so that a refusal asks nobody.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from server.errors import (
     DeadlineExceededError,
     InferenceFailedError,
     NotReadyError,
-    QueueFullError,
     ServerError,
     ShuttingDownError,
 )
@@ -39,6 +39,8 @@ from server.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
     from contextlib import AbstractContextManager
+
+    from numpy.typing import NDArray
 
     from server.board import Board
     from server.engine.admission import Admission, Ticket
@@ -172,6 +174,7 @@ class RemoteEngine:
         self._death: asyncio.Future[Exception] | None = None
         self._waiting: dict[int, Pending] = {}
         self._lent: dict[int, Place] = {}
+        self._has_room = asyncio.Event()
         self._keys = itertools.count()
         self._token_bytes: dict[int, bytes] = {}
         self._gate = Gate(admission)
@@ -214,20 +217,17 @@ class RemoteEngine:
         channel = self._channel
         if channel is None or not self.stats().alive:
             raise NotReadyError("the engine is not running")
-        place = self._samples.put(request.waveform)
-        if place is None:
-            raise QueueFullError("the samples of all that waits leave no room for more")
         key = next(self._keys)
-        self._lent[key] = place
         waiting = self._waiting[key] = Pending(request.on_piece)
         streams = request.on_piece is not None
-        told = (replace(request, waveform=_NOTHING, on_piece=None), place, streams)
         patience_s = None
         if request.deadline_s is not None:
             patience_s = max(0.0, request.deadline_s - time.monotonic()) + _DEADLINE_GRACE_S
         try:
             async with asyncio.timeout(patience_s):
-                channel.send("submit", key, told)
+                place = self._lent[key] = await self._put(request.waveform)
+                told = replace(request, waveform=_NOTHING, on_piece=None)
+                channel.send("submit", key, (told, place, streams))
                 await channel.drain()
                 answered: _Answer = await waiting.answer
         except TimeoutError as error:
@@ -240,6 +240,15 @@ class RemoteEngine:
                 channel.send("cancel", key)
         self._token_bytes |= answered.token_bytes
         return answered.result
+
+    async def _put(self, waveform: NDArray[np.float32]) -> Place:
+        """Put samples where the engine sees them, as soon as there is room; raises OSError."""
+        while (place := self._samples.put(waveform)) is None:
+            self._has_room.clear()
+            await self._has_room.wait()
+            if self._death is None or self._death.done():
+                raise ConnectionResetError
+        return place
 
     async def metrics(self) -> bytes:
         """Series of all processes together, in Prometheus' text format.
@@ -333,6 +342,7 @@ class RemoteEngine:
         else:
             if (place := self._lent.pop(key, None)) is not None:
                 self._samples.give_back(place)
+                self._has_room.set()
             # Else gone: its client has left meanwhile.
             if (waiting := self._waiting.pop(key, None)) is not None:
                 waiting.end(value)
@@ -340,6 +350,7 @@ class RemoteEngine:
     def _die(self, error: Exception) -> None:
         if self._death is not None and not self._death.done():
             self._death.set_result(error)
+        self._has_room.set()
         end_all(self._waiting.values(), InferenceFailedError("the engine has died"))
 
 
@@ -448,9 +459,9 @@ class EngineHost:
 
     @staticmethod
     def _tell_of_the_end(channel: _Channel, key: int, task: asyncio.Task[None]) -> None:
-        """Answer what was cancelled, though nobody waits for more than its samples' place."""
-        if task.cancelled():
-            channel.send("answer", key)
+        """Answer what ended without an answer; nobody may wait for more than its samples' place."""
+        if task.cancelled() or task.exception() is not None:
+            channel.send("answer", key, InferenceFailedError("the engine has dropped this audio"))
 
     async def _answer(
         self, channel: _Channel, key: int, request: EngineRequest, streams: bool

@@ -157,10 +157,11 @@ class SpeechRunner:
             self._decode: DecodeStep = RecordedStep(self._embed, decoder_pass, self._slots, record)
         else:
             self._decode = DecodeStep(self._embed, decoder_pass, self._slots)
+        parts = self._model, self._processor
         self._encode = (
-            AudioEncoder(self._model, self._processor)
+            AudioEncoder(*parts)
             if record is None
-            else RecordedAudioEncoder(self._model, self._processor, record)
+            else RecordedAudioEncoder(*parts, record, most_clips=plan.n_slots)
         )
         self._rows: list[_Row] = []
         _log.info(
@@ -461,10 +462,10 @@ class SpeechRunner:
 
     def warm_up(self) -> None:
         """Transcribe a little noise, and record what is run from recordings."""
-        self._try(_WARM_UP_S[: self.n_slots])
         with torch.inference_mode():
-            self._encode.warm_up()
             self._decode.warm_up()
+            self._encode.warm_up()
+        self._try(_WARM_UP_S[: self.n_slots])
 
     def recover(self) -> None:
         """Free what a failed call may have left behind."""

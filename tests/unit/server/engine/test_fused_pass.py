@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from model.transcription import Transcriber
 from server.engine.core import EngineCore
-from server.engine.decode_step import CudaGraphs
 from server.engine.decoder_pass import LlamaPass, ModelPass, choose_pass
 from server.engine.interface import NO_GUARDS, EngineRequest
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
+from server.engine.recordings import CudaGraphs
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from tests.conftest import make_tiny_checkpoint

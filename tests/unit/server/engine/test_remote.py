@@ -4,6 +4,7 @@ import asyncio
 import os
 import pickle
 import socket
+import time
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -20,6 +21,7 @@ from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from server.engine.shared_samples import SharedSamples
 from server.errors import (
+    DeadlineExceededError,
     InferenceFailedError,
     InvalidRequestError,
     NotReadyError,
@@ -211,22 +213,37 @@ async def test_an_answer_that_cannot_be_told_is_an_error_not_a_wait(runner, monk
                 await server.remotes[0].submit(request(CLIPS[0]))
 
 
-async def test_a_place_for_samples_is_used_again_when_its_clip_is_answered(tiny, runner):
-    """Room for two clips, one of them cancelled half way, and many that come after."""
+async def test_a_clip_waits_for_room_until_others_are_answered(tiny, runner):
+    """Room for two clips, one of which is cancelled half way, and many more that come at once."""
     async with serving(runner, front_ends=1, room_s=7.0) as server:
         (remote,) = server.remotes
         leaving = asyncio.create_task(remote.submit(request(CLIPS[1])))
-        staying = asyncio.create_task(remote.submit(request(CLIPS[3])))
+        asked = [asyncio.create_task(remote.submit(request(clip))) for clip in (LONG[:64_000],)]
         await until(lambda: server.engine.stats().running == 2)
-        with pytest.raises(QueueFullError):
-            await remote.submit(request(CLIPS[2]))
+        asked += [asyncio.create_task(remote.submit(request(clip))) for clip in CLIPS * 3]
+        await asyncio.sleep(0)
+        assert len(remote._lent) < len(asked)
         leaving.cancel()
-        await until(lambda: len(remote._lent) < 2)
-        expected = [generate_alone(tiny, clip) for clip in CLIPS]
-        assert list((await staying).token_ids) == expected[3]
-        for clip, token_ids in zip(CLIPS * 3, expected * 3, strict=True):
-            assert list((await remote.submit(request(clip))).token_ids) == token_ids
+        expected = [generate_alone(tiny, clip) for clip in (LONG[:64_000], *CLIPS * 3)]
+        assert [list((await each).token_ids) for each in asked] == expected
         assert not remote._lent
+
+
+async def test_who_waits_for_room_hears_of_the_deadline_and_of_the_engines_death(runner):
+    async with serving(runner, front_ends=1, room_s=4.1) as server:
+        (remote,) = server.remotes
+        runner.gate.clear()  # nothing goes on
+        first = asyncio.create_task(remote.submit(request(CLIPS[3])))
+        await until(lambda: remote._lent)
+        late = request(CLIPS[3], deadline_s=time.monotonic() - 10)
+        with pytest.raises(DeadlineExceededError):
+            await remote.submit(late)
+        waiting = asyncio.create_task(remote.submit(request(CLIPS[3])))
+        await asyncio.sleep(0)
+        server.host.die(RuntimeError("the device is gone"))
+        for each in (first, waiting):
+            with pytest.raises(InferenceFailedError):
+                await each
 
 
 async def test_who_leaves_before_the_engine_has_heard_of_it_gives_its_place_back(runner):
