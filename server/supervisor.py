@@ -130,7 +130,7 @@ class _FrontEnds:
         while not self._ending.is_set():
             try:
                 status = await self._run(place)
-            except OSError:
+            except Exception:  # noqa: BLE001 - whatever it is, a server without one is none
                 _log.exception("cannot start a front end")
             else:
                 if not self._ending.is_set():
