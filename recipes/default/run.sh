@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make weights/default from nothing but the recordings, the text and the published Whisper tiny.en
-# encoder. Every step resumes where a killed run stopped; the stages took about ten hours in all on
+# encoder. Every step resumes where a killed run stopped; the stages took about twelve hours in all on
 # two cores of server CPUs, the first half with bf16 matrix units (AMX), with other work beside.
 #
 #   recipes/default/run.sh DATA WORK
@@ -241,7 +241,7 @@ speechllm train connector --cache "$work/cache8" --cache "$work/cache8_wide" \
     --cache "$work/cache6_56" --cache "$work/cache6_57" --model "$work/connector11" \
     --max-batch-audio-s 40 --text-batch-tokens 200 --learning-rate 5e-4 "${read_too[@]}" \
     --epochs 2 --output "$work/connector12"
-python "$here/average.py" --model "$work/connector11" --towards "$work/connector12" --share 0.7 \
+python "$here/average.py" --model "$work/connector11" --towards "$work/connector12" --share 0.5 \
     --output "$work/connector"
 
 # What the server loads: the product without the run's state.
