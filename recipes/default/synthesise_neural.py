@@ -111,7 +111,9 @@ def make_plan(sentences: list[str], voices: list[str], rng: random.Random) -> li
 def phonemes_of(text: str, dialect: str) -> str:
     """Kokoro's symbols for a sentence, commas between the clauses that espeak-ng makes of it."""
     command = ["espeak-ng", "-q", "--ipa=3", "-v", dialect, text]
-    spoken = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)  # noqa: S603
+    spoken = subprocess.run(  # noqa: S603 - no shell; a sentence is one argument
+        command, check=True, capture_output=True, text=True, timeout=60
+    )
     clauses = [line.strip() for line in spoken.stdout.splitlines() if line.strip()]
     symbols = re.sub(r"\(.*?\)", "", ", ".join(clauses))
     own = _AMERICAN_SYMBOLS if dialect.startswith("en-us") else _BRITISH_SYMBOLS
