@@ -98,11 +98,18 @@ class EngineSteps:
         runner.start([runner.plan(clip) for clip in clips])
 
     def run(self, steps: int) -> None:
-        """Run decode steps from the prompt on."""
+        """Run decode steps from the prompt on, as the engine does."""
         for row in range(self._rows.stop):
             self._runner.restart(row, 1.0)
-        for _ in range(steps):
-            self._runner.step(self._rows)
+        if not self._runner.may_run_ahead:
+            for _ in range(steps):
+                self._runner.step(self._rows)
+            return
+        self._runner.begin_step()
+        for _ in range(steps - 1):
+            self._runner.begin_step()
+            self._runner.finish_step()
+        self._runner.finish_step()
 
     def end(self) -> None:
         """Free the rows."""

@@ -46,6 +46,10 @@ class FaultyRunner:
         self._fail_on(self._rows[rows], STEP_POISON)
         return self._runner.step(rows)
 
+    def begin_step(self):
+        self._fail_on(self._rows, STEP_POISON)
+        self._runner.begin_step()
+
     def branch(self, rows, parents, token_ids):
         self._runner.branch(rows, parents, token_ids)
         marks = [self._rows[parent] for parent in parents]

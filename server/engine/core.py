@@ -1,5 +1,8 @@
 """One iteration after another: schedule, encode and prefill, one decode step, answer what ended.
 
+Where the runner can, the next step is launched before the tokens of the last are looked at, so that
+the device works meanwhile; what that step says of a request that has ended is dropped.
+
 Owned by one thread; knows no asyncio. A call into the model that fails is tried again on halves of
 its batch until the guilty request stands alone and fails; then a probe tells a guilty request from
 a broken device, whose error ends the engine.
@@ -98,6 +101,10 @@ class _Active:
     first_token_s: float | None = None
 
 
+_Stepped = list[tuple[_Active, tuple[int, ...]]]
+"""The requests of a step, each with the rows that it had."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What has come of the requests since the last time.
@@ -152,6 +159,7 @@ class EngineCore:
         self._waiting: dict[int, _Queued] = {}
         self._running: dict[int, _Active] = {}
         self._rows: list[_Active] = []  # by row
+        self._ahead: _Stepped | None = None  # of the step that was begun and not finished
         self._wake_s: float | None = None
         self._outcome = Outcome()
         self._report = IterationReport()
@@ -175,7 +183,8 @@ class EngineCore:
 
     def idle_s(self) -> float | None:
         """How long nothing is to be done if nothing arrives; None for until something does."""
-        if self._running or self._ended:  # who left is still to be reported
+        # Who left is still to be reported, and a step that was begun to be finished.
+        if self._running or self._ended or self._ahead is not None:
             return 0.0
         if not self._waiting:
             return None
@@ -224,7 +233,7 @@ class EngineCore:
             self._expire(key)
         if decision.start:
             self._start([self._waiting.pop(key) for key in decision.start])
-        if self._running:
+        if self._running or self._ahead is not None:
             self._step()
         busy_s = time.perf_counter() - began_s if self._report.has_run else 0.0
         self._outcome.busy_s += busy_s
@@ -350,17 +359,41 @@ class EngineCore:
 
     def _step(self) -> None:
         began_s = time.perf_counter()
-        self._report.decoded_rows = len(self._rows)
-        outputs = self._outputs_of(slice(0, len(self._rows)))
+        stepped, outputs = self._next_outputs()
+        self._report.decoded_rows = len(outputs)
         self._report.decode_s = time.perf_counter() - began_s
         now_s = self._clock()
-        # Taken before anybody leaves or branches, which moves rows.
-        taken = [
-            (active, [outputs[row] for row in active.rows]) for active in self._running.values()
-        ]
-        all_well = [self._take(active, each, now_s) for active, each in taken]
-        if not all(all_well):
+        all_well = True
+        for active, rows in stepped:
+            if active.queued.key in self._running:
+                did_well = self._take(active, [outputs[row] for row in rows], now_s)
+                all_well = all_well and did_well
+        if not all_well:
             self.runner.probe()
+
+    def _next_outputs(self) -> tuple[_Stepped, list[Token | Candidates | None]]:
+        """Who was in the next step, and what it says of each row that there was."""
+        stepped = self._ahead if self._ahead is not None else self._begin_step()
+        if stepped is None:
+            stepped = self._stepped()
+            return stepped, self._outputs_of(slice(0, len(self._rows)))
+        self._ahead = self._begin_step()
+        return stepped, self.runner.finish_step()
+
+    def _begin_step(self) -> _Stepped | None:
+        """Launch a step; None if that cannot be, or nobody needs it."""
+        if not self._rows or not self.runner.may_run_ahead:
+            return None
+        try:
+            self.runner.begin_step()
+        except Exception:  # noqa: BLE001 - a model may raise anything; logged
+            self._note_failure("begin a step of", _requests_of(self._rows))
+            return None  # once nothing is ahead, it is tried on halves
+        return self._stepped()
+
+    def _stepped(self) -> _Stepped:
+        # Kept, since whoever leaves or branches moves rows.
+        return [(active, tuple(active.rows)) for active in self._running.values()]
 
     def _outputs_of(self, rows: slice) -> list[Token | Candidates | None]:
         """What the model says of each row; None for those that it fails on even alone."""
@@ -389,14 +422,15 @@ class EngineCore:
         if active.first_token_s is None:
             active.first_token_s = now_s
         generation = active.generation
-        candidates = [each for each in outputs if isinstance(each, Candidates)]
         if isinstance(generation, BeamSearch):
+            candidates = [each for each in outputs if isinstance(each, Candidates)]
             did_well = len(candidates) == len(outputs)
             did_well = did_well and self._push_candidates(active, generation, candidates)
         else:
-            did_well = isinstance(outputs[0], Token)
-            if isinstance(outputs[0], Token):
-                self._push_token(active, generation, outputs[0])
+            (token,) = outputs
+            did_well = isinstance(token, Token)
+            if isinstance(token, Token):
+                self._push_token(active, generation, token)
         if not did_well:
             self._leave(active, "failed")
             self._outcome.answers.append((active.queued.key, _guilty()))
@@ -443,6 +477,8 @@ class EngineCore:
         self._report.retries += 1
         self._release(active, active.rows[1:])
         self.runner.restart(active.rows[0], LOOP_RETRY_PENALTY)
+        if self._ahead is not None:  # which goes on with the answer of before
+            self._ahead = [each for each in self._ahead if each[0] is not active]
 
     def _tell(self, active: _Active, stream: TextStream, token: Token) -> None:
         is_last = active.generation.finish_reason is not None

@@ -1,5 +1,8 @@
 """What the LLM does on the device: prefills, and decode steps from ids to the likeliest tokens.
 
+A step may be launched before the tokens of the one before it are known to the host: it takes them
+where that one left them.
+
 On a CUDA device both are recorded once for each of few shapes. The rows that rounding up to one
 adds are free slots, since used ones come first; what is written there, a prompt overwrites.
 
@@ -11,13 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from server.engine.recordings import Recordings, bucket, buckets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from server.engine.decoder_pass import DecoderPass
@@ -29,21 +34,28 @@ _MIN_PROMPT_TOKENS = 64
 _MOST_PREFILL_TOKENS = 4096  # of a recording; with more, a GPU takes longer than Python
 
 
+HELD = -1
+"""Instead of a token id: the embedding that is held for the row."""
+
+NO_SOURCE = -1
+
+
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Of some rows.
+    """Of some rows, (R,) each.
 
     Attributes:
-        token_ids: to feed; of rows at the last position of their prompts, anything.
+        token_ids: to feed, or `HELD`.
         columns: where in their slots the tokens stand.
         offsets: of their position ids from that.
-        last_embeds: (D,) of rows at the last position of their prompts, by index.
+        sources: rows of the step launched before, counted from its first, whose tokens are fed
+            instead; `NO_SOURCE` for those with an id.
     """
 
-    token_ids: Sequence[int]
-    columns: Sequence[int]
-    offsets: Sequence[int]
-    last_embeds: Mapping[int, Tensor]
+    token_ids: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sources: NDArray[np.int64]
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -54,6 +66,33 @@ def likeliest(logits: Tensor) -> Tensor:
     return torch.stack([each.double() for each in logits.max(-1)])
 
 
+class Launched:
+    """A step on its way."""
+
+    def __init__(self, logits: Tensor, best: Tensor, landed: torch.cuda.Event | None) -> None:
+        """Of a step that is launched.
+
+        Args:
+            logits: (R, V), which hold until the next step is launched.
+            best: (2, R) on the host, where the `likeliest` of them land.
+            landed: when they have; None for already.
+        """
+        self.logits = logits
+        self._lands, self._landed = best, landed
+        self._best: NDArray[np.float64] | None = None
+
+    def best(self) -> NDArray[np.float64]:
+        """Wait for the `likeliest` of the logits, (2, R).
+
+        First asked for before the step after the next is launched, which lands in the same place.
+        """
+        if self._best is None:
+            if self._landed is not None:
+                self._landed.synchronize()
+            self._best = self._lands.numpy().copy()
+        return self._best
+
+
 @dataclass(frozen=True, slots=True)
 class _Computation:
     """What a step launches; a recording holds it, and none of what holds the recording."""
@@ -61,18 +100,19 @@ class _Computation:
     embed: nn.Module
     decoder_pass: DecoderPass
     slots: KVSlots
-    last_embeds: Tensor  # (S, D)
+    held: Tensor  # (S, D)
+    said: Tensor  # (S,) token ids of the step before
 
-    def __call__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the begun step of (3, R) token ids, columns and offsets.
-
-        An id is -1 where `last_embeds` holds what is to be fed.
-        """
-        ids, columns, offsets = numbers
-        last_embeds = self.last_embeds[: len(ids)]
-        embeds = torch.where((ids < 0)[:, None], last_embeds, self.embed(ids.clamp(min=0)))
+    def __call__(self, first: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the begun step of (4, R) token ids, columns, offsets and sources from row `first`."""
+        ids, columns, offsets, sources = numbers
+        ids = torch.where(sources < 0, ids, self.said[sources.clamp(min=0)])
+        held = self.held[first : first + len(ids)]
+        embeds = torch.where((ids < 0)[:, None], held, self.embed(ids.clamp(min=0)))
         logits = self.decoder_pass(embeds[:, None], (columns + offsets)[:, None], self.slots)
-        return logits, likeliest(logits)
+        best = likeliest(logits)
+        self.said[: len(ids)] = best[1]
+        return logits, best
 
 
 class DecodeStep:
@@ -87,23 +127,39 @@ class DecodeStep:
             slots: of its keys and values.
         """
         weight = next(embed.parameters())
+        n_slots = slots.plan.n_slots
         self._slots, self._device = slots, weight.device
-        self._last_embeds = weight.new_zeros(slots.plan.n_slots, weight.shape[1])
-        self._compute = _Computation(embed, decoder_pass, slots, self._last_embeds)
+        self._held = weight.new_zeros(n_slots, weight.shape[1])
+        said = torch.zeros(n_slots, dtype=torch.int64, device=self._device)
+        self._compute = _Computation(embed, decoder_pass, slots, self._held, said)
+        self._numbers = torch.zeros(4, n_slots, dtype=torch.int64, device=self._device)
+        # Two of what goes up and what comes down: while one step runs, the next is launched.
+        self._stages = [self._stage(n_slots) for _ in range(2)]
 
-    def __call__(self, rows: slice, inputs: StepInputs) -> tuple[Tensor, Tensor]:
-        """Run the next step of some rows.
+    def hold(self, rows: Sequence[int] | slice, embeds: Tensor) -> None:
+        """Keep embeddings (R, D) for rows until they are fed; they move as their rows do."""
+        self._held[rows] = embeds.to(self._held.dtype)
 
-        Returns:
-            Logits (R, V), which hold until the next call, and the `likeliest` of them, (2, R).
-        """
-        if inputs.last_embeds:
-            fresh = torch.stack([*inputs.last_embeds.values()])
-            self._last_embeds[[*inputs.last_embeds]] = fresh.to(self._last_embeds.dtype)
-        ids = list(inputs.token_ids)
-        for index in inputs.last_embeds:
-            ids[index] = -1
-        return self._run(rows, torch.tensor([ids, inputs.columns, inputs.offsets]))
+    def move(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Keep for each of `rows` what is held for `sources[i]`."""
+        if len(rows) == 1:
+            self._held[rows[0]] = self._held[sources[0]]  # which transfers no indices
+        else:
+            self._held[[*rows]] = self._held[[*sources]]
+
+    def __call__(self, rows: slice, inputs: StepInputs) -> Launched:
+        """Launch the next step of some rows; what the one before the last says must have landed."""
+        stage = self._stages[0]
+        count = rows.stop - rows.start
+        stage.numbers[:, :count] = torch.from_numpy(
+            np.stack([inputs.token_ids, inputs.columns, inputs.offsets, inputs.sources])
+        )
+        logits, best = self._run(rows, stage.numbers)
+        stage.best[:, :count].copy_(best, non_blocking=True)
+        if stage.landed is not None:
+            stage.landed.record()
+        self._stages.reverse()
+        return Launched(logits, stage.best[:, :count], stage.landed)
 
     def prefill(self, embeds: Tensor, position_ids: Tensor) -> None:
         """Write the keys and values of prompts (B, L, D) at (B, L) to the slots that have begun."""
@@ -112,13 +168,28 @@ class DecodeStep:
     def warm_up(self) -> None:
         """Prepare what can be; no slot is in use."""
 
-    def _run(self, rows: slice, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a step, given (3, R) token ids, columns and offsets, on the host."""
-        if self._device.type == "cuda":
-            numbers = numbers.pin_memory()
-        numbers = numbers.to(self._device, non_blocking=True)
+    def _run(self, rows: slice, host: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a step, given what (4, S) `host` begins with: its logits, the `likeliest` of them."""
+        self._numbers.copy_(host, non_blocking=True)
+        numbers = self._numbers[:, : rows.stop - rows.start]
         self._slots.begin_decode(rows, numbers[1])
-        return self._compute(numbers)
+        return self._compute(rows.start, numbers)
+
+    def _stage(self, n_slots: int) -> _Stage:
+        numbers = torch.zeros(4, n_slots, dtype=torch.int64)
+        best = torch.zeros(2, n_slots, dtype=torch.float64)
+        if self._device.type != "cuda":
+            return _Stage(numbers, best, None)
+        return _Stage(numbers.pin_memory(), best.pin_memory(), torch.cuda.Event())
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A step's numbers on the host: (4, S) on their way up, (2, S) down, and when these landed."""
+
+    numbers: Tensor
+    best: Tensor
+    landed: torch.cuda.Event | None
 
 
 class RecordedStep(DecodeStep):
@@ -140,13 +211,9 @@ class RecordedStep(DecodeStep):
             record: runs a function as often as it likes, and returns one that does the same.
         """
         super().__init__(embed, decoder_pass, slots)
-        n_slots, capacity = slots.plan.n_slots, slots.plan.slot_tokens
-        self._numbers = torch.zeros(3, n_slots, dtype=torch.int64, device=self._device)
-        self._host = torch.zeros_like(self._numbers, device="cpu")
-        if self._device.type == "cuda":
-            self._host = self._host.pin_memory()
+        capacity = slots.plan.slot_tokens
         self._min_live = capacity if decoder_pass.reads_own_lengths else _MIN_LIVE_TOKENS
-        self._prompts = _Prompts(self._last_embeds) if decoder_pass.is_prefill_recordable else None
+        self._prompts = _Prompts(self._held) if decoder_pass.is_prefill_recordable else None
         self._recordings = Recordings(record, "what the LLM does")
 
     def warm_up(self) -> None:
@@ -174,20 +241,18 @@ class RecordedStep(DecodeStep):
             self._slots.begin_prefill(count, after=first - self._slots.used)
         super().prefill(embeds, position_ids)
 
-    def _run(self, rows: slice, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, rows: slice, host: Tensor) -> tuple[Tensor, Tensor]:
         # Of a part of the rows, those that a bucket adds would be others that are in use.
         if rows != slice(0, self._slots.used) or not self._recordings.is_able:
-            return super()._run(rows, numbers)
+            return super()._run(rows, host)
         plan, count = self._slots.plan, rows.stop
         padded = bucket(count, 1, plan.n_slots)
-        # The step before has been waited for: nothing reads this any more.
-        self._host[:, :count] = numbers
-        self._host[:, count:padded] = 0
-        self._numbers.copy_(self._host, non_blocking=True)
-        live = bucket(max(self._slots.lens) + 1, self._min_live, plan.slot_tokens)
+        host[:, count:padded] = 0
+        self._numbers.copy_(host, non_blocking=True)
+        live = bucket(int(self._slots.lens.max()) + 1, self._min_live, plan.slot_tokens)
         outputs = self._replay_step(padded, live)
         if outputs is None:
-            return super()._run(rows, numbers)
+            return super()._run(rows, host)
         logits, best = outputs
         return logits[:count], best[:, :count]
 
@@ -196,7 +261,7 @@ class RecordedStep(DecodeStep):
 
         def run() -> tuple[Tensor, Tensor]:  # holds nothing that holds the recording
             compute.slots.begin_padded(numbers[1], live)
-            return compute(numbers)
+            return compute(0, numbers)
 
         outputs: tuple[Tensor, Tensor] | None = self._recordings.replay(("step", rows, live), run)
         return outputs

@@ -393,6 +393,23 @@ class Runner(Protocol):
         A failure leaves the rows as they were. None where the model's output is not finite.
         """
 
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether `begin_step` may be called, with the rows as they are."""
+
+    def begin_step(self) -> None:
+        """Launch a step of all rows. The one before need not be finished, but the one before that.
+
+        A failure leaves the rows as they were.
+        """
+
+    def finish_step(self) -> list[Token | Candidates | None]:
+        """What the first step that was begun and not finished gives each of the rows it had.
+
+        Rows may have come and gone meanwhile. None where the model's output is not finite; what is
+        raised means that the device is broken.
+        """
+
     def branch(self, rows: Sequence[int], parents: Sequence[int], token_ids: Sequence[int]) -> None:
         """Let each of `rows` go on as the row `parents[i]` is, with a token.
 

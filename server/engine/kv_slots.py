@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -139,22 +140,23 @@ class KVSlots(Cache):
         super().__init__(layers=layers)
         self._device = device
         self._columns = torch.arange(plan.slot_tokens, device=device)
-        self._lens: list[int] = []
+        self._lens = np.zeros(plan.n_slots, np.int64)
+        self._used = 0
 
     @property
-    def lens(self) -> tuple[int, ...]:
-        """Tokens in each used row."""
-        return tuple(self._lens)
+    def lens(self) -> NDArray[np.int64]:
+        """Tokens in each used row; changes with the slots."""
+        return self._lens[: self._used]
 
     @property
     def used(self) -> int:
         """Rows in use, from the first on."""
-        return len(self._lens)
+        return self._used
 
     @property
     def free(self) -> int:
         """Slots that nobody uses."""
-        return self.plan.n_slots - len(self._lens)
+        return self.plan.n_slots - self._used
 
     def begin_prefill(self, n_rows: int, *, after: int = 0) -> None:
         """Let the next pass write `n_rows` prompts, right-padded, behind the used rows.
@@ -168,7 +170,7 @@ class KVSlots(Cache):
         """
         if after + n_rows > self.free:
             raise ValueError(f"{after + n_rows} slots are wanted, {self.free} are free")
-        first = len(self._lens) + after
+        first = self._used + after
         self._access.begin(slice(first, first + n_rows))
 
     def begin_prefill_at(self, first_slot: Tensor) -> None:
@@ -194,7 +196,8 @@ class KVSlots(Cache):
 
     def join(self, lens: Sequence[int]) -> None:
         """Count the rows just written as used, with so many tokens each."""
-        self._lens += lens
+        self._lens[self._used : self._used + len(lens)] = lens
+        self._used += len(lens)
 
     def begin_decode(self, rows: slice, columns: Tensor) -> None:
         """Let the next pass write one token to each of `rows`.
@@ -203,7 +206,8 @@ class KVSlots(Cache):
             rows: of the pass.
             columns: (R,) `lens[rows]`, on the device: where in its row each is written.
         """
-        bucket = math.ceil((max(self._lens[rows]) + 1) / _LIVE_BUCKET_TOKENS) * _LIVE_BUCKET_TOKENS
+        longest = int(self.lens[rows].max()) + 1
+        bucket = math.ceil(longest / _LIVE_BUCKET_TOKENS) * _LIVE_BUCKET_TOKENS
         self._access.begin(rows, columns, min(bucket, self.plan.slot_tokens))
 
     def decode_step(self) -> tuple[slice, int, Tensor]:
@@ -241,11 +245,11 @@ class KVSlots(Cache):
 
     def advance(self, rows: slice) -> None:
         """Count the token just written to each of `rows`."""
-        self._lens[rows] = [length + 1 for length in self._lens[rows]]
+        self.lens[rows] += 1
 
     def rewind(self, row: int, length: int) -> None:
         """Forget what a row holds past `length` tokens."""
-        self._lens[row] = min(self._lens[row], length)
+        self._lens[row] = min(int(self._lens[row]), length)
 
     def branch(self, rows: Sequence[int], parents: Sequence[int], shared_len: int) -> None:
         """Let each of `rows` hold what `parents[i]` holds; free rows, in order, come into use.
@@ -255,8 +259,8 @@ class KVSlots(Cache):
             parents: used rows, all equally long.
             shared_len: tokens that used rows among `rows` have in common with their parents.
         """
-        length = self._lens[parents[0]]
-        fresh = [row for row in rows if row >= len(self._lens)]
+        length = int(self._lens[parents[0]])
+        fresh = [row for row in rows if row >= self._used]
         pairs = [pair for pair in zip(rows, parents, strict=True) if pair[0] != pair[1]]
         # What is new first: its parents are still as they were.
         for is_new, start in ((True, 0), (False, shared_len)):
@@ -266,7 +270,7 @@ class KVSlots(Cache):
                 for buffer in self._buffers:
                     # Indexing by lists copies before it writes: a source may be a target as well.
                     buffer[:, targets, :, start:length] = buffer[:, sources, :, start:length]
-        self._lens += [length] * len(fresh)
+        self.join([length] * len(fresh))
 
     def release(self, row: int, *, wipe: bool = False) -> None:
         """Free a row; the last one takes its place.
@@ -275,15 +279,15 @@ class KVSlots(Cache):
             row: which is free now.
             wipe: it may hold NaN, which would reach a later sequence even through a mask.
         """
-        last = len(self._lens) - 1
-        length = self._lens[last] if row != last else 0
+        last = self._used - 1
+        length = int(self._lens[last]) if row != last else 0
         for buffer in self._buffers:
             if length:
                 buffer[:, row, :, :length] = buffer[:, last, :, :length]
             if wipe:
                 buffer[:, row, :, length:] = 0  # which the last row is not long enough to overwrite
         self._lens[row] = self._lens[last]
-        self._lens.pop()
+        self._used = last
 
 
 class _Access:

@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -30,14 +31,14 @@ from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
 from model.processing import previous_text_tail, token_budget
 from model.transcription import Transcriber, identify_language
 from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
-from server.engine.decode_step import DecodeStep, RecordedStep, StepInputs
+from server.engine.decode_step import HELD, NO_SOURCE, DecodeStep, RecordedStep, StepInputs
 from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, Decoding, Token
 from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
 from server.engine.recordings import CudaGraphs
-from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
+from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens, plain_tokens
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
 from server.log import structured
@@ -47,11 +48,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from model.ctc_prefix import ClipPosteriors
     from model.modeling import EmbeddedAudio
+    from server.engine.decode_step import Launched
     from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
     from server.engine.recordings import Run
@@ -68,6 +69,7 @@ _PADDED_START_S = 240.0
 _START_S = 30.0
 _WARM_UP_S = (1.0, 3.0)  # clips of different length, so that padding is exercised too
 _WARM_UP_STEPS = 2
+_MOST_LAUNCHED = 2  # one runs, one waits for it: the host has a step's time for its work
 
 
 def use_cpu_threads(count: int) -> None:
@@ -86,17 +88,13 @@ class _Row:
 
     Attributes:
         prompt_tokens: length of its prompt.
-        last_embed: (D,) of the prompt's last position.
         position_offset: of its answer's position ids from its length in the slot.
         sampler: chooses its tokens.
-        next_id: the token to feed; None for the prompt's last position.
     """
 
     prompt_tokens: int
-    last_embed: Tensor
     position_offset: int
     sampler: TokenSampler
-    next_id: int | None = None
 
 
 class SpeechRunner:
@@ -111,6 +109,7 @@ class SpeechRunner:
         pads_batches: bool | None = None,
         make_pass: Callable[[PreTrainedModel], DecoderPass] = choose_pass,
         record: Callable[[Run], Run] | None = None,
+        runs_ahead: bool | None = None,
     ) -> None:
         """Allocate the KV slots.
 
@@ -126,6 +125,9 @@ class SpeechRunner:
             make_pass: how its decode steps go through the LLM.
             record: makes recordings of the encoder, and of decode steps where the pass can be
                 recorded; None runs everything anew.
+            runs_ahead: let steps be launched before the tokens of the last are known, so that the
+                host works beside the device; None does on a CUDA device. A CPU gains nothing, and
+                computes a token more for each answer that has ended meanwhile.
 
         Raises:
             ValueError: the LLM is none that the engine can run, or not one slot fits.
@@ -137,6 +139,7 @@ class SpeechRunner:
             # cuDNN's attention makes a plan for each new shape, on the host, and shapes never end.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._pads_batches = self._device.type == "cuda" if pads_batches is None else pads_batches
+        self._runs_ahead = self._device.type == "cuda" if runs_ahead is None else runs_ahead
         self._llm: PreTrainedModel = self._model.llm
         _require_arguments(self._llm)
         pack_linear_layers(self._llm)
@@ -164,6 +167,13 @@ class SpeechRunner:
             else RecordedAudioEncoder(*parts, record, most_clips=plan.n_slots)
         )
         self._rows: list[_Row] = []
+        # By row: what it feeds next, its `position_offset`, and where the launched step leaves its
+        # token, if it is in that one.
+        self._next_ids = np.full(plan.n_slots, HELD)
+        self._offsets = np.zeros(plan.n_slots, np.int64)
+        self._sources = np.full(plan.n_slots, NO_SOURCE)
+        self._launched: deque[Launched] = deque()
+        self.stop_ids = self._stop_ids()
         _log.info(
             "KV slots",
             extra=structured(
@@ -230,8 +240,7 @@ class SpeechRunner:
         """Memory of all slots."""
         return self._slots.plan.total_bytes
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
+    def _stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the tokenizer's, and those that `generate` ends at."""
         ends = self._model.generation_config.eos_token_id
         more = ends if isinstance(ends, list) else [ends] if ends is not None else []
@@ -319,7 +328,10 @@ class SpeechRunner:
                 prefill_s=time.perf_counter() - encoded_s,
                 padded_audio_s=len(batch) * max(longest_s, self.window_s),
             )
+        joined = slice(self._slots.used, self._slots.used + len(rows))
         self._slots.join([row.prompt_tokens - 1 for row in rows])
+        self._next_ids[joined], self._sources[joined] = HELD, NO_SOURCE
+        self._offsets[joined] = [row.position_offset for row in rows]
         self._rows += rows
         return report
 
@@ -347,11 +359,13 @@ class SpeechRunner:
         if embeds.shape[1] > 1:  # prompts of a single position have no past
             self._decode.prefill(embeds[:, :-1], position_ids[:, :-1])
         ends = [len(ids) - 1 for ids in laid_out]
+        first = self._slots.used + after
+        last_embeds = torch.stack([embeds[row, end] for row, end in enumerate(ends)])
+        self._decode.hold(slice(first, first + len(plans)), last_embeds)
         posteriors = self._posteriors(audio)
         return [
             _Row(
                 prompt_tokens=end + 1,
-                last_embed=embeds[row, end],
                 position_offset=int(positions[end]) - end,
                 sampler=TokenSampler(plan.decoding, self.stop_ids, posteriors[row]),
             )
@@ -384,21 +398,61 @@ class SpeechRunner:
 
         A failure leaves the rows as they were. None where the model's logits are not finite.
         """
-        active = self._rows[rows]
-        inputs = StepInputs(
-            token_ids=[row.next_id or 0 for row in active],
-            columns=self._slots.lens[rows],
-            offsets=[row.position_offset for row in active],
-            last_embeds={
-                index: row.last_embed for index, row in enumerate(active) if row.next_id is None
-            },
-        )
-        logits, best = self._decode(rows, inputs)
-        tokens = choose_tokens(logits, best, [row.sampler for row in active])
+        self._settle()
+        launched = self._launch(rows)
+        samplers = [row.sampler for row in self._rows[rows]]
+        tokens = choose_tokens(launched.logits, launched.best(), samplers)
         self._slots.advance(rows)
-        for row, token in zip(active, tokens, strict=True):
-            row.next_id = token.id if isinstance(token, Token) else None
+        self._next_ids[rows] = [each.id if isinstance(each, Token) else HELD for each in tokens]
         return tokens
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether no row has to be seen by the host before its next step."""
+        return self._runs_ahead and all(row.sampler.is_plain for row in self._rows)
+
+    @torch.inference_mode()
+    def begin_step(self) -> None:
+        """Launch a step of all rows, behind one whose tokens are not known yet, at most.
+
+        A failure leaves the rows as they were.
+        """
+        if len(self._launched) == _MOST_LAUNCHED:
+            raise RuntimeError("the tokens of the step before the last have not been asked for")
+        rows = slice(0, self._slots.used)
+        launched = self._launch(rows)
+        self._slots.advance(rows)
+        self._sources[rows] = np.arange(rows.stop)
+        self._launched.append(launched)
+
+    def finish_step(self) -> list[Token | Candidates | None]:
+        """Wait for the tokens of the first step that was begun and not finished.
+
+        One for each row that there was when it began; None where its logits are not finite. What
+        raises here is no row's fault: the device's work was launched before.
+        """
+        if len(self._launched) == 1:
+            self._settle()
+        return [*plain_tokens(self._launched.popleft().best())]
+
+    def _launch(self, rows: slice) -> Launched:
+        inputs = StepInputs(
+            token_ids=self._next_ids[rows],
+            columns=self._slots.lens[rows],
+            offsets=self._offsets[rows],
+            sources=self._sources[rows],
+        )
+        return self._decode(rows, inputs)
+
+    def _settle(self) -> None:
+        """Let the host know what the rows feed next, so that any of them can be stepped."""
+        if not self._launched:
+            return
+        token_ids = [each.best() for each in self._launched][-1][1].astype(np.int64)
+        sources = self._sources[: self._slots.used]
+        open_rows = np.flatnonzero(sources != NO_SOURCE)
+        self._next_ids[open_rows] = token_ids[sources[open_rows]]
+        sources[:] = NO_SOURCE
 
     @torch.inference_mode()
     def branch(self, rows: Sequence[int], parents: Sequence[int], token_ids: Sequence[int]) -> None:
@@ -406,18 +460,22 @@ class SpeechRunner:
 
         Rows behind the used ones, without a gap, are taken into use.
         """
+        self._settle()
         states = [self._rows[parent] for parent in parents]
+        self._decode.move(rows, parents)
         self._slots.branch(rows, parents, shared_len=states[0].prompt_tokens)
         self._rows += states[: max(0, max(rows) + 1 - len(self._rows))]
         samplers = branch_samplers([state.sampler for state in states], token_ids)
         for row, state, sampler, token_id in zip(rows, states, samplers, token_ids, strict=True):
-            self._rows[row] = replace(state, sampler=sampler, next_id=token_id)
+            self._rows[row] = replace(state, sampler=sampler)
+            self._next_ids[row], self._sources[row] = token_id, NO_SOURCE
+            self._offsets[row] = state.position_offset
 
     def restart(self, row: int, repetition_penalty: float) -> None:
         """Begin a row's answer again, under at least this repetition penalty."""
         state = self._rows[row]
         self._slots.rewind(row, state.prompt_tokens - 1)
-        state.next_id = None
+        self._next_ids[row], self._sources[row] = HELD, NO_SOURCE
         before = state.sampler
         penalty = max(before.decoding.repetition_penalty, repetition_penalty)
         decoding = replace(before.decoding, repetition_penalty=penalty)
@@ -427,8 +485,12 @@ class SpeechRunner:
         """Free a row; the last one takes its place. What a `failed` one holds is wiped."""
         self._slots.release(row, wipe=failed)
         last = self._rows.pop()
-        if row < len(self._rows):
-            self._rows[row] = last
+        if row == len(self._rows):
+            return
+        self._rows[row] = last
+        self._decode.move([row], [len(self._rows)])
+        for numbers in (self._next_ids, self._offsets, self._sources):
+            numbers[row] = numbers[len(self._rows)]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of an answer."""

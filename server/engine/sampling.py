@@ -6,9 +6,11 @@ Axis legend: R rows, V vocabulary.
 from __future__ import annotations
 
 from copy import copy
+from functools import cache
 from math import isfinite
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from model.ctc_prefix import CTCPrefix, extend_prefixes, joint_scores
@@ -18,6 +20,7 @@ from server.engine.decoding import Candidates, Decoding, Token
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from model.ctc_prefix import ClipPosteriors
@@ -111,31 +114,44 @@ class TokenSampler:
         return index if ids is None else int(ids[index])
 
 
+def plain_tokens(best: NDArray[np.float64]) -> list[Token | None]:
+    """The likeliest token of each row, None where its logits are not finite.
+
+    Args:
+        best: the `likeliest` of the logits, (2, R).
+    """
+    largest, token_ids = best
+    tokens: list[Token | None] = [_token(token_id) for token_id in token_ids.astype(int).tolist()]
+    for row in np.flatnonzero(~np.isfinite(largest)):
+        tokens[row] = None
+    return tokens
+
+
+_token = cache(Token)  # a frozen object takes longer to make than to look up
+
+
 def choose_tokens(
-    logits: Tensor, best: Tensor, samplers: Sequence[TokenSampler]
+    logits: Tensor, best: NDArray[np.float64], samplers: Sequence[TokenSampler]
 ) -> list[Token | Candidates | None]:
     """Choose every row's next token, or a beam's candidates.
 
     Args:
         logits: (R, V), in the model's dtype.
-        best: the `likeliest` of them, (2, R).
+        best: the `likeliest` of them, (2, R), on the host.
         samplers: one a row.
 
     Returns:
         One a row; None where its logits are not finite.
     """
-    largest, token_ids = best.tolist()  # the one transfer to the host, for all rows
-    plain = [int(token_id) for token_id in token_ids]
     if all(sampler.is_plain for sampler in samplers):
-        return [
-            Token(token_id) if isfinite(value) else None
-            for token_id, value in zip(plain, largest, strict=True)
-        ]
+        return [*plain_tokens(best)]
+    largest, token_ids = best.tolist()
+    plain = [int(token_id) for token_id in token_ids]
     scores = _adjusted(logits, samplers)
     jointly = [row for row in scores if samplers[row].prefix is not None]
     if jointly:
-        best, ids = torch.stack([scores[row] for row in jointly]).max(-1)
-        for row, token_id, value in zip(jointly, ids.tolist(), best.tolist(), strict=True):
+        values, ids = torch.stack([scores[row] for row in jointly]).max(-1)
+        for row, token_id, value in zip(jointly, ids.tolist(), values.tolist(), strict=True):
             plain[row] = token_id
             largest[row] += value  # so that it is finite where both are
     beams = [row for row, sampler in enumerate(samplers) if sampler.decoding.num_beams > 1]

@@ -108,6 +108,18 @@ def test_rows_that_leave_early_disturb_nobody(tiny):
         assert driver.said[i].token_ids == generate_alone(tiny, clips[i])
 
 
+def test_a_row_that_moves_still_begins_with_the_end_of_its_own_prompt(tiny_checkpoint):
+    tiny = Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+    tiny.processor.tokenizer.chat_template = "{{ messages[0].content }}"
+    tiny.processor.prompt = ""  # so that the audio is the end
+    clips = [noise(3.0, 1), noise(2.0, 2)]
+    driver = Driver(SpeechRunner(tiny, max_slots=2))
+    driver.start(*((i, driver.runner.plan(clip)) for i, clip in enumerate(clips)))
+    driver.leave(0)
+    driver.finish()
+    assert driver.said[1].token_ids == generate_alone(tiny, clips[1])
+
+
 def test_any_part_of_the_rows_can_be_stepped_alone(tiny):
     runner = SpeechRunner(tiny, max_slots=3)
     clips = [noise(seconds, seed) for seed, seconds in enumerate((2.0, 3.0, 2.5))]

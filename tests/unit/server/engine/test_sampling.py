@@ -28,7 +28,7 @@ def draw(decoding, logits, n=1):
 
 def test_temperature_zero_takes_the_likeliest():
     logits = logits_of(0, 3)
-    tokens = choose_tokens(logits, likeliest(logits), [begin(Decoding()) for _ in range(3)])
+    tokens = choose_tokens(logits, likeliest(logits).numpy(), [begin(Decoding()) for _ in range(3)])
     assert [token.id for token in tokens] == logits.argmax(-1).tolist()
     assert all(token.logprob is None for token in tokens)
 
@@ -37,7 +37,7 @@ def test_log_probabilities_are_the_model_s_own_whatever_is_sampled():
     logits = logits_of(1, 2)
     wishes = [Decoding(logprobs=True), Decoding(logprobs=True, temperature=1.7, seed=3, top_p=0.5)]
     for row, token in enumerate(
-        choose_tokens(logits, likeliest(logits), [begin(w) for w in wishes])
+        choose_tokens(logits, likeliest(logits).numpy(), [begin(w) for w in wishes])
     ):
         expected = logits[row].log_softmax(-1)[token.id]
         torch.testing.assert_close(torch.tensor(token.logprob), expected)
@@ -50,9 +50,9 @@ def test_a_seed_gives_the_same_tokens_in_any_company(seed, logits_seed, company)
     alone, in_batch = begin(decoding), begin(decoding)
     others = [begin(Decoding(temperature=0.7)) for _ in range(company)]
     for _ in range(3):
-        (expected,) = choose_tokens(logits, likeliest(logits), [alone])
+        (expected,) = choose_tokens(logits, likeliest(logits).numpy(), [alone])
         batch = torch.cat([logits_of(logits_seed + 1, company), logits])
-        assert choose_tokens(batch, likeliest(batch), [*others, in_batch])[-1] == expected
+        assert choose_tokens(batch, likeliest(batch).numpy(), [*others, in_batch])[-1] == expected
 
 
 def test_without_a_seed_answers_differ():
@@ -92,7 +92,7 @@ def test_a_row_that_is_not_finite_gives_no_token_and_spoils_no_other():
     logits = logits_of(2, 3)
     logits[1, 7] = torch.nan
     wishes = [Decoding(), Decoding(temperature=1.0, seed=0), Decoding()]
-    tokens = choose_tokens(logits, likeliest(logits), [begin(wish) for wish in wishes])
+    tokens = choose_tokens(logits, likeliest(logits).numpy(), [begin(wish) for wish in wishes])
     assert tokens[1] is None
     assert [tokens[0].id, tokens[2].id] == logits[[0, 2]].argmax(-1).tolist()
 
@@ -120,7 +120,7 @@ def test_what_is_heard_counts_whatever_else_is_asked_for():
     samplers.append(begin(Decoding()))
     for step, expected in enumerate([{7}, {7}, {9}, STOP_IDS]):
         logits = logits_of(step, len(samplers))
-        choices = choose_tokens(logits, likeliest(logits), samplers)
+        choices = choose_tokens(logits, likeliest(logits).numpy(), samplers)
         for row, choice in enumerate(choices[:-1]):
             ids = choice.token_ids if isinstance(choice, Candidates) else [choice.id]
             assert ids[0] in expected
