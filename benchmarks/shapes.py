@@ -32,9 +32,9 @@ from model.training.tokenizer import AUDIO_TOKEN
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CHECKPOINT = ROOT / "weights" / "default"
 
-Shape = Literal["default", "small", "0.5b"]
+Shape = Literal["default", "small", "0.5b", "thin"]
 """`default`: `weights/default`, trained; `small`: its shape, random; `0.5b`: the encoder of
-whisper-tiny and Qwen2.5-0.5B's shape, random."""
+whisper-tiny and Qwen2.5-0.5B's shape, random; `thin`: next to nothing, random, for what is left."""
 
 
 def make_checkpoint(
@@ -57,10 +57,11 @@ def make_checkpoint(
         return DEFAULT_CHECKPOINT
     tokenizer = AutoTokenizer.from_pretrained(DEFAULT_CHECKPOINT)
     eos = int(tokenizer.eos_token_id)
+    encoder, llm, hidden_size = _RANDOM[shape]
     config = SpeechLLMConfig(
-        encoder_config=_WHISPER_TINY,
-        llm_config=_SMALL_LLM if shape == "small" else _QWEN25_05B,
-        connector={"type": "stack", "stack_size": 4},
+        encoder_config=encoder,
+        llm_config=llm,
+        connector={"type": "stack", "stack_size": 4, "hidden_size": hidden_size},
         encoder_mode="trimmed",
         prompt="",
         audio_token_id=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
@@ -77,7 +78,7 @@ def make_checkpoint(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.eos_token_id = eos
     processor = SpeechLLMProcessor(
-        WhisperFeatureExtractor(feature_size=_WHISPER_TINY.num_mel_bins),
+        WhisperFeatureExtractor(feature_size=encoder.num_mel_bins),
         tokenizer,
         connector=config.connector,
         encoder_mode=config.encoder_mode,
@@ -132,3 +133,17 @@ _QWEN25_05B = Qwen2Config(
     rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, rms_norm_eps=1e-6,
     tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
+_THIN_ENCODER = WhisperConfig(
+    d_model=4, encoder_layers=1, encoder_attention_heads=1, encoder_ffn_dim=4,
+    decoder_layers=1, decoder_attention_heads=1, decoder_ffn_dim=4, num_mel_bins=80,
+)  # fmt: skip
+_THIN_LLM = Qwen2Config(
+    vocab_size=1024, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=2048,
+    tie_word_embeddings=True, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+)  # fmt: skip
+_RANDOM = {  # encoder, LLM, and the connector's hidden width
+    "small": (_WHISPER_TINY, _SMALL_LLM, 2048),
+    "0.5b": (_WHISPER_TINY, _QWEN25_05B, 2048),
+    "thin": (_THIN_ENCODER, _THIN_LLM, 4),
+}

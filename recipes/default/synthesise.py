@@ -5,12 +5,13 @@ English; espeak-ng and flite's diphone voice vary it. Mongolian Cyrillic is read
 voices for Kazakh, Tatar and Bashkir, which share its letters: a test of the pipeline, no accuracy.
 Every clip's rate, pitch and vocal-tract length (by resampling) are drawn at random.
 
-The plan is a function of the texts and the seed. Clips that exist are not spoken again.
+The plan is a function of the texts and the seed. Clips of it that exist are not spoken again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import re
@@ -200,9 +201,22 @@ def _enough(sentences: list[str], count: int) -> list[str]:
     return [sentences[i % len(sentences)] for i in range(count)] if sentences else []
 
 
+def clip_path(folder: Path, split: str, number: int, task: object) -> Path:
+    """Where a clip lies. Its name tells what was wanted, so that no other plan takes it for its.
+
+    Args:
+        folder: of all clips.
+        split: that it belongs to.
+        number: in its plan.
+        task: whose `repr` says all of it.
+    """
+    digest = hashlib.sha256(repr(task).encode()).hexdigest()[:8]
+    return folder / split / f"{number // 1000:03d}" / f"{number:06d}-{digest}.flac"
+
+
 def speak(task: Task, folder: Path) -> dict[str, object] | None:
     """Make one clip; None where the engine fails or the result cannot be that sentence."""
-    path = folder / task.split / f"{task.number // 1000:03d}" / f"{task.number:06d}.flac"
+    path = clip_path(folder, task.split, task.number, task)
     if path.exists():
         duration_s = soundfile.info(path).duration
     else:

@@ -29,7 +29,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import soundfile
-from synthesise import LONGEST_S, SHORTEST_S, held_out_sentences, read_sentences, trim_and_level
+from synthesise import (
+    LONGEST_S,
+    SHORTEST_S,
+    clip_path,
+    held_out_sentences,
+    read_sentences,
+    trim_and_level,
+)
 from tqdm import tqdm
 
 SAMPLE_RATE_HZ = 24_000
@@ -146,7 +153,7 @@ def _style(folder: Path, name: str) -> np.ndarray:
 
 def speak(task: Task, voices: Path, folder: Path) -> dict[str, object] | None:
     """Make one clip; None where it cannot be made or the result cannot be that sentence."""
-    path = folder / "train" / f"{task.number // 1000:03d}" / f"{task.number:06d}.flac"
+    path = clip_path(folder, "train", task.number, task)
     if path.exists():
         duration_s = soundfile.info(path).duration
     else:

@@ -24,8 +24,8 @@ class RepetitionDetector:
     def __init__(self) -> None:
         """Begin before the first token."""
         self._tokens: list[int] = []
-        # How many tokens in a row equal the one n before them, for each n.
-        self._runs = [0] * (_MAX_UNIT_TOKENS + 1)
+        # How many tokens in a row equal the one n before them, for each n that is not at 0.
+        self._runs: dict[int, int] = {}
 
     def push(self, token: int) -> int:
         """Take the next token.
@@ -33,14 +33,15 @@ class RepetitionDetector:
         Returns:
             How many of the latest tokens only repeat what stands before them; 0 without a loop.
         """
+        before = self._tokens[: -_MAX_UNIT_TOKENS - 1 : -1]  # the latest first
         self._tokens.append(token)
-        for n in range(1, min(_MAX_UNIT_TOKENS, len(self._tokens) - 1) + 1):
-            if self._tokens[-1 - n] != token:
-                self._runs[n] = 0
-                continue
-            self._runs[n] += 1
-            if self._runs[n] + n >= max(_MIN_COPIES * n, _MIN_LOOP_TOKENS):
-                return self._runs[n]
+        if token not in before:  # most are not
+            self._runs = {}
+            return 0
+        self._runs = {n: self._runs.get(n, 0) + 1 for n, t in enumerate(before, 1) if t == token}
+        for n, run in self._runs.items():
+            if run + n >= max(_MIN_COPIES * n, _MIN_LOOP_TOKENS):
+                return run
         return 0
 
 

@@ -14,7 +14,7 @@ import os
 import time
 from collections import deque
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +27,7 @@ from model.ctc import ctc_greedy
 from model.ctc_prefix import clip_posteriors
 from model.encoder import length_mask
 from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
-from model.log_mel import SAMPLE_RATE_HZ, WINDOW_S, mel_frame_lens
+from model.log_mel import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_FRAMES, WINDOW_S
 from model.processing import previous_text_tail, token_budget
 from model.transcription import Transcriber, identify_language
 from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from model.ctc_prefix import ClipPosteriors
     from model.modeling import EmbeddedAudio
+    from model.processing import SpeechLLMProcessor
     from server.engine.decode_step import Launched
     from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
@@ -147,6 +148,7 @@ class SpeechRunner:
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id
         self._prompt_ids = lru_cache(_KEPT_PROMPTS)(self._processor.prompt_ids)
+        self._audio_len = lru_cache(None)(partial(_count_audio, self._processor))
         self._token_bytes = TokenBytes(self._processor.tokenizer)
         plan = plan_slots(
             layer_shapes(self._llm),
@@ -270,12 +272,11 @@ class SpeechRunner:
         Raises:
             InvalidRequestError: prompt, audio and the longest answer do not fit into a slot.
         """
-        frame_lens = mel_frame_lens(torch.tensor([waveform.size]))
-        audio_lens = self._processor.audio_lens(frame_lens).tolist()
+        audio_len = self._audio_len(-(-waveform.size // HOP_SAMPLES))
         context = ""
         if previous_text:
             context = self._processor.context(previous_text=previous_text_tail(previous_text))
-        input_ids = self._input_ids(audio_lens[0], prompt, context)
+        input_ids = self._input_ids(audio_len, prompt, context)
         max_tokens = token_budget(self._config, waveform.size / SAMPLE_RATE_HZ)
         max_tokens = min(max_tokens, decoding.max_tokens or max_tokens)
         length, room = len(input_ids) + max_tokens, self._slots.plan.slot_tokens
@@ -555,12 +556,16 @@ class SpeechRunner:
 
     def _slot_tokens(self) -> int:
         """Longest sequence: the longest clip's, and room for a request's own prompt."""
-        frame_lens = mel_frame_lens(torch.tensor([int(self._config.max_audio_s * SAMPLE_RATE_HZ)]))
-        audio_lens = self._processor.audio_lens(frame_lens).tolist()
-        prompt = self._processor.sequences(audio_lens)["input_ids"].shape[1]
+        longest = self._audio_len(int(self._config.max_audio_s * SAMPLE_RATE_HZ) // HOP_SAMPLES)
+        prompt = self._processor.sequences([longest])["input_ids"].shape[1]
         wanted = prompt + token_budget(self._config, self._config.max_audio_s) + PROMPT_ROOM_TOKENS
         limit: int | None = getattr(self._llm.config, "max_position_embeddings", None)
         return wanted if limit is None else min(wanted, limit)
+
+
+def _count_audio(processor: SpeechLLMProcessor, mel_frames: int) -> int:
+    """Audio positions of a clip that so many mel frames would cover."""
+    return int(processor.audio_lens(torch.tensor([min(mel_frames, WINDOW_FRAMES)])))
 
 
 def _require_arguments(llm: PreTrainedModel) -> None:

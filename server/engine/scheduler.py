@@ -103,12 +103,16 @@ def decide(
         limits: of an iteration.
     """
     requests: list[Waiting | Running] = [*waiting, *running]
-    expired = tuple(each.id for each in requests if _is_late(each, now_s))
-    live = [each for each in waiting if not _is_late(each, now_s)]
-    held = sum(each.places for each in running if not _is_late(each, now_s))
-    room = limits.max_batch_size - held
+    expired = tuple(
+        [each.id for each in requests if each.deadline_s is not None and each.deadline_s <= now_s]
+    )
+    late = set(expired)
+    live = [each for each in waiting if each.id not in late]
+    room = limits.max_batch_size - sum([each.places for each in running if each.id not in late])
+    if not live or not room:
+        return Decision(expired=expired, wake_s=_next_deadline_s(live))
     in_turn = sorted(live, key=lambda each: (each.turn_s, each.id))
-    if not live or room < in_turn[0].places:
+    if room < in_turn[0].places:
         return Decision(expired=expired, wake_s=_next_deadline_s(live))
     batch, is_full = _fill(in_turn, room, limits)
     closes_s = min(each.arrived_s for each in live) + limits.max_wait_s
@@ -118,10 +122,6 @@ def decide(
         return Decision(expired=expired, wake_s=wake_s)
     chosen = sorted(batch[:size], key=lambda each: each.audio_s)
     return Decision(start=tuple(each.id for each in chosen), expired=expired)
-
-
-def _is_late(request: Waiting | Running, now_s: float) -> bool:
-    return request.deadline_s is not None and request.deadline_s <= now_s
 
 
 def _next_deadline_s(live: Sequence[Waiting]) -> float | None:

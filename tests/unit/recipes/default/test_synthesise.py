@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -207,7 +208,7 @@ def test_a_clip_is_the_trimmed_sentence_at_16_khz(
 ) -> None:
     task = synthesise.Task(1042, "train", "en", text, synthesise.Voice(engine, name, (), 1.0))
     row = synthesise.speak(task, tmp_path)
-    assert row["audio"] == "train/001/001042.flac"
+    assert re.fullmatch(r"train/001/001042-[0-9a-f]{8}\.flac", row["audio"])
     assert row["text"] == text
     assert row["speaker"] == f"{engine}:{name}"
     waveform, rate_hz = soundfile.read(tmp_path / row["audio"])
@@ -219,6 +220,20 @@ def test_a_clip_is_the_trimmed_sentence_at_16_khz(
     assert np.abs(waveform[:edge]).max() > 0.005
     assert np.abs(waveform[-edge:]).max() > 0.005
     assert list(tmp_path.rglob("*.*")) == [tmp_path / row["audio"]]
+
+
+@pytest.mark.usefixtures("engines")
+def test_another_plan_in_the_same_folder_takes_no_clip_for_its_own(
+    tmp_path: Path, synthesise: ModuleType
+) -> None:
+    voice = synthesise.Voice("flite", "kal16", (), 1.0)
+    rows = [
+        synthesise.speak(synthesise.Task(0, "train", "en", text, voice), tmp_path)
+        for text in ("Where is it?", "Where did you find that apple?", "Where is it?")
+    ]
+    assert rows[0] == rows[2]
+    assert rows[0]["audio"] != rows[1]["audio"]
+    assert rows[0]["duration"] < rows[1]["duration"]
 
 
 @pytest.mark.usefixtures("engines")
