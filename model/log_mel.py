@@ -79,6 +79,13 @@ def pad_waveforms(
     return batch, sample_lens
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device, from pinned memory if it is a CUDA device: the host does not wait."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def mel_frame_lens(sample_lens: Tensor) -> Tensor:
     """Mel frames that clips of `sample_lens` samples cover, at most one window (B,)."""
     return ((sample_lens + HOP_SAMPLES - 1) // HOP_SAMPLES).clamp(max=WINDOW_FRAMES)
@@ -91,7 +98,7 @@ def log_mel_spectrogram(
 
     Args:
         waveforms: (B, N) float32, 16 kHz, zero-padded on the right, at most 30 s.
-        sample_lens: (B,) int64, valid samples in each row.
+        sample_lens: (B,) int64, valid samples in each row; on the CPU, nobody waits for a device.
         n_mels: mel bins of the encoder, 80 or 128.
         full_window: pad to Whisper's 30 s window instead of the longest clip. Frames past a clip
             then hold the floor that Whisper saw in training; otherwise they are zero.
@@ -126,8 +133,6 @@ def log_mel_spectrogram(
     log_mel = (torch.maximum(log_mel, floor) + 4.0) / 4.0
     log_mel = log_mel[..., :n_frames]
     if not full_window:
-        valid = (
-            torch.arange(n_frames, device=log_mel.device) < frame_lens.to(log_mel.device)[:, None]
-        )
-        log_mel = log_mel * valid[:, None]
+        frames = torch.arange(n_frames, device=log_mel.device)
+        log_mel = log_mel * (frames < to_device(frame_lens, log_mel.device)[:, None])[:, None]
     return log_mel, frame_lens

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from model.configuration import DEFAULT_PROMPT, SpeechLLMConfig
 from model.connectors import output_lens
 from model.encoder import encoder_frame_lens
-from model.log_mel import SAMPLE_RATE_HZ, log_mel_spectrogram, pad_waveforms
+from model.log_mel import SAMPLE_RATE_HZ, log_mel_spectrogram, pad_waveforms, to_device
 from model.modeling import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -185,15 +185,16 @@ class SpeechLLMProcessor(ProcessorMixin):
         Raises:
             ValueError: an empty, multi-channel or too long clip.
         """
-        # Pinned, so that the host does not wait for the copy.
+        # Pinned, and the lengths looked at before they go: so the host waits for nothing.
         is_cuda = torch.device(device).type == "cuda"
         batch, sample_lens = pad_waveforms(waveforms, pin_memory=is_cuda)
-        return log_mel_spectrogram(
+        features, frame_lens = log_mel_spectrogram(
             batch.to(device, non_blocking=True),
-            sample_lens.to(device),
+            sample_lens,
             self.feature_extractor.feature_size,
             full_window=self.encoder_mode == "padded",
         )
+        return features, to_device(frame_lens, device)
 
     def sequence(self, around: PromptIds, audio_len: int) -> list[int]:
         """Token ids of one clip's prompt, with `audio_len` audio positions in it."""

@@ -202,7 +202,7 @@ def _enough(sentences: list[str], count: int) -> list[str]:
 
 
 def clip_path(folder: Path, split: str, number: int, task: object) -> Path:
-    """Where a clip lies. Its name tells what was wanted, so that no other plan takes it for its.
+    """Where a clip lies; its name tells its task, so that no other plan takes it for its own.
 
     Args:
         folder: of all clips.

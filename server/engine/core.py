@@ -86,7 +86,7 @@ class _Active:
         rows: where it runs, one for each beam.
         started_s: when its batch began to be encoded.
         batch_size: clips in that batch.
-        report: what starting them took.
+        report: asks what starting them took.
         first_token_s: when its first token came.
     """
 
@@ -97,8 +97,17 @@ class _Active:
     rows: list[int] = field(default_factory=list)
     started_s: float = 0.0
     batch_size: int = 0
-    report: StartReport | None = None
+    report: Callable[[], StartReport] | None = None
     first_token_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A batch that was started, and what tells how long that took."""
+
+    clips: int
+    audio_s: float
+    report: Callable[[], StartReport]
 
 
 _Stepped = list[tuple[_Active, tuple[int, ...]]]
@@ -160,6 +169,7 @@ class EngineCore:
         self._running: dict[int, _Active] = {}
         self._rows: list[_Active] = []  # by row
         self._ahead: _Stepped | None = None  # of the step that was begun and not finished
+        self._started: list[_Start] = []  # which are still to be reported
         self._wake_s: float | None = None
         self._outcome = Outcome()
         self._report = IterationReport()
@@ -228,6 +238,7 @@ class EngineCore:
         """
         began_s = time.perf_counter()
         self._report = IterationReport()
+        were_started = len(self._started)
         decision = self._decide()
         for key in decision.expired:
             self._expire(key)
@@ -235,6 +246,8 @@ class EngineCore:
             self._start([self._waiting.pop(key) for key in decision.start])
         if self._running or self._ahead is not None:
             self._step()
+        # The step that was just finished was launched behind those that were there before.
+        self._report_starts(were_started if self._ahead is not None else len(self._started))
         busy_s = time.perf_counter() - began_s if self._report.has_run else 0.0
         self._outcome.busy_s += busy_s
         self._on_iteration(replace(self._report, busy_s=busy_s, ended=dict(self._ended)))
@@ -344,14 +357,22 @@ class EngineCore:
         halves = [self._start_or_halve(half) for half in (batch[:middle], batch[middle:])]
         return all(halves)
 
-    def _join(self, batch: list[_Active], started_s: float, report: StartReport) -> None:
+    def _join(
+        self, batch: list[_Active], started_s: float, report: Callable[[], StartReport]
+    ) -> None:
         for each in batch:
             each.started_s, each.batch_size, each.report = started_s, len(batch), report
             each.rows = [len(self._rows)]
             self._rows.append(each)
             self._running[each.queued.key] = each
         audio_s = sum(each.queued.request.audio_s for each in batch)
-        self._report.add_start(clips=len(batch), audio_s=audio_s, report=report)
+        self._started.append(_Start(len(batch), audio_s, report))
+
+    def _report_starts(self, count: int) -> None:
+        """Report the first starts, which the device has done with."""
+        for start in self._started[:count]:
+            self._report.add_start(clips=start.clips, audio_s=start.audio_s, report=start.report())
+        del self._started[:count]
 
     def _refuse(self, queued: _Queued, error: ServerError) -> None:
         self._ended["failed"] += 1
@@ -487,9 +508,14 @@ class EngineCore:
         self._outcome.pieces.append((active.queued.key, piece))
 
     def _result(self, active: _Active, now_s: float) -> EngineResult:
-        generation, report = active.generation, active.report
-        if generation.finish_reason is None or report is None or active.first_token_s is None:
+        generation = active.generation
+        if (
+            generation.finish_reason is None
+            or active.report is None
+            or active.first_token_s is None
+        ):
             raise RuntimeError(f"request {active.queued.request.id} has not ended")
+        report = active.report()
         text = self.runner.text(generation.token_ids)
         return EngineResult(
             text=text,

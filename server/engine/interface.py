@@ -175,7 +175,7 @@ class IterationReport:
     """One iteration of the engine.
 
     Attributes:
-        start_sizes: clips of each batch that was started.
+        start_sizes: clips of each batch whose start is done since the last report.
         audio_s: their length together.
         padded_audio_s: length of what the encoder worked on, padding included.
         encode_s: up to their audio embeddings.
@@ -384,8 +384,12 @@ class Runner(Protocol):
             InvalidRequestError: it does not fit into a slot.
         """
 
-    def start(self, plans: Sequence[Plan]) -> StartReport:
-        """Encode and prefill into the next free rows; a failure leaves the rows as they were."""
+    def start(self, plans: Sequence[Plan]) -> Callable[[], StartReport]:
+        """Encode and prefill into the next free rows; a failure leaves the rows as they were.
+
+        Returns:
+            What it took; waits until it is done.
+        """
 
     def step(self, rows: slice) -> list[Token | Candidates | None]:
         """Give each of `rows` its next token, or, in a beam search, the candidates for it.

@@ -11,10 +11,9 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import time
 from collections import deque
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 from model.alignment import ENCODER_FRAME_S, align_words
 from model.ctc import ctc_greedy
 from model.ctc_prefix import clip_posteriors
-from model.encoder import length_mask
+from model.encoder import encoder_frame_lens
 from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
-from model.log_mel import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_FRAMES, WINDOW_S
+from model.log_mel import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_FRAMES, WINDOW_S, to_device
 from model.processing import previous_text_tail, token_budget
 from model.transcription import Transcriber, identify_language
 from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
@@ -39,6 +38,7 @@ from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
 from server.engine.recordings import CudaGraphs
 from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens, plain_tokens
+from server.engine.stopwatch import Stopwatch
 from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
 from server.log import structured
@@ -147,6 +147,7 @@ class SpeechRunner:
         decoder_pass = make_pass(self._llm)
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id
+        self._pad_token_id = self._processor.tokenizer.pad_token_id  # which is slow to look up
         self._prompt_ids = lru_cache(_KEPT_PROMPTS)(self._processor.prompt_ids)
         self._audio_len = lru_cache(None)(partial(_count_audio, self._processor))
         self._token_bytes = TokenBytes(self._processor.tokenizer)
@@ -272,7 +273,7 @@ class SpeechRunner:
         Raises:
             InvalidRequestError: prompt, audio and the longest answer do not fit into a slot.
         """
-        audio_len = self._audio_len(-(-waveform.size // HOP_SAMPLES))
+        audio_len = self._audio_len(_mel_frames(waveform.size))
         context = ""
         if previous_text:
             context = self._processor.context(previous_text=previous_text_tail(previous_text))
@@ -310,56 +311,65 @@ class SpeechRunner:
         return laid_out
 
     @torch.inference_mode()
-    def start(self, plans: Sequence[Plan]) -> StartReport:
+    def start(self, plans: Sequence[Plan]) -> Callable[[], StartReport]:
         """Encode clips and prefill their prompts into the next free slots, in order.
 
-        A failure leaves the slots as they were.
+        A CUDA device is not waited for, but where positions follow from what a CTC head hears. A
+        failure leaves the slots as they were.
+
+        Returns:
+            What it took; waits until it is done.
         """
         batches = [plans] if self._pads_batches else [[plan] for plan in plans]
-        report = StartReport()
+        padded_audio_s = 0.0
+        stopwatch = Stopwatch(self._device)
         rows: list[_Row] = []
         for batch in batches:
-            began_s = time.perf_counter()
             audio = self._embed_audio(batch)
-            encoded_s = time.perf_counter()
+            stopwatch.lap("encode")
             rows += self._prefill(batch, audio, after=len(rows))
+            stopwatch.lap("prefill")
             longest_s = max(plan.waveform.size for plan in batch) / SAMPLE_RATE_HZ
-            report += StartReport(
-                encode_s=encoded_s - began_s,
-                prefill_s=time.perf_counter() - encoded_s,
-                padded_audio_s=len(batch) * max(longest_s, self.window_s),
-            )
+            padded_audio_s += len(batch) * max(longest_s, self.window_s)
         joined = slice(self._slots.used, self._slots.used + len(rows))
         self._slots.join([row.prompt_tokens - 1 for row in rows])
         self._next_ids[joined], self._sources[joined] = HELD, NO_SOURCE
         self._offsets[joined] = [row.position_offset for row in rows]
         self._rows += rows
+
+        @cache
+        def report() -> StartReport:
+            taken_s = stopwatch.seconds()
+            return StartReport(taken_s["encode"], taken_s["prefill"], padded_audio_s)
+
         return report
 
     def _prefill(self, plans: Sequence[Plan], audio: EmbeddedAudio, *, after: int) -> list[_Row]:
         """Write prompts into free slots, behind `after` others that are not counted yet."""
         laid_out = self._lay_out(plans, audio)
+        ends = [len(ids) - 1 for ids in laid_out]
         input_ids = pad_sequence(
             [torch.tensor(ids) for ids in laid_out],
             batch_first=True,
-            padding_value=self._processor.tokenizer.pad_token_id,
-        ).to(self._device)
-        embeds = self._embed(input_ids)  # (B, L, D), right-padded
-        valid = length_mask(audio.audio_lens, audio.audio_embeds.shape[1])
-        is_audio = input_ids == self._audio_token_id
-        embeds = embeds.masked_scatter(
-            is_audio[..., None], audio.audio_embeds[valid].to(embeds.dtype)
+            padding_value=self._pad_token_id,
         )
+        input_ids = to_device(input_ids, self._device)
+        embeds = self._embed(input_ids)  # (B, L, D), right-padded
+        is_audio = input_ids == self._audio_token_id
+        place = (is_audio.cumsum(1) - 1).clamp(min=0)  # of each audio position in its clip
+        spread = audio.audio_embeds.gather(1, place[..., None].expand_as(embeds))
+        embeds = torch.where(is_audio[..., None], spread.to(embeds.dtype), embeds)
         # Right-padded: what stands behind a prompt moves none of its positions.
         position_ids = self._model.audio_position_ids(input_ids, None, audio)
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=self._device).expand_as(
-                input_ids
-            )
+            position_ids = torch.arange(input_ids.shape[1], device=self._device)
+            position_ids, offsets = position_ids.expand_as(input_ids), [0] * len(plans)
+        else:
+            positions = position_ids.tolist()
+            offsets = [row[end] - end for row, end in zip(positions, ends, strict=True)]
         self._slots.begin_prefill(len(plans), after=after)
         if embeds.shape[1] > 1:  # prompts of a single position have no past
             self._decode.prefill(embeds[:, :-1], position_ids[:, :-1])
-        ends = [len(ids) - 1 for ids in laid_out]
         first = self._slots.used + after
         last_embeds = torch.stack([embeds[row, end] for row, end in enumerate(ends)])
         self._decode.hold(slice(first, first + len(plans)), last_embeds)
@@ -367,12 +377,10 @@ class SpeechRunner:
         return [
             _Row(
                 prompt_tokens=end + 1,
-                position_offset=int(positions[end]) - end,
-                sampler=TokenSampler(plan.decoding, self.stop_ids, posteriors[row]),
+                position_offset=offset,
+                sampler=TokenSampler(plan.decoding, self.stop_ids, posterior),
             )
-            for row, (end, positions, plan) in enumerate(
-                zip(ends, position_ids.tolist(), plans, strict=True)
-            )
+            for end, offset, plan, posterior in zip(ends, offsets, plans, posteriors, strict=True)
         ]
 
     def _posteriors(self, audio: EmbeddedAudio) -> Sequence[ClipPosteriors | None]:
@@ -383,14 +391,21 @@ class SpeechRunner:
         return clip_posteriors(audio, head, self.stop_ids, weight)
 
     def _embed_audio(self, plans: Sequence[Plan]) -> EmbeddedAudio:
+        mel_frames = [_mel_frames(plan.waveform.size) for plan in plans]
+        audio_lens = [self._audio_len(count) for count in mel_frames]
+        wanted = [plan.input_ids.count(self._audio_token_id) for plan in plans]
+        if audio_lens != wanted:
+            raise RuntimeError(f"{wanted} audio positions, {audio_lens} embeddings")
         frames, frame_lens = self._encode([plan.waveform for plan in plans])
-        for plan, row, length in zip(plans, frames, frame_lens.tolist(), strict=True):
+        for plan, row, count in zip(plans, frames, mel_frames, strict=True):
             if plan.heard is not None:
+                length = int(encoder_frame_lens(torch.tensor(count)))
                 plan.heard.encoder_frames = row[:length].clone()  # lets the batch go
         audio = self._model.embed_audio(frames, frame_lens)
-        wanted = [plan.input_ids.count(self._audio_token_id) for plan in plans]
-        if audio.audio_lens.tolist() != wanted:
-            raise RuntimeError(f"{wanted} audio positions, {audio.audio_lens.tolist()} embeddings")
+        if audio.audio_embeds.shape[1] < max(wanted):
+            raise RuntimeError(
+                f"{wanted} audio positions, {audio.audio_embeds.shape[1]} embeddings"
+            )
         return audio
 
     @torch.inference_mode()
@@ -556,16 +571,21 @@ class SpeechRunner:
 
     def _slot_tokens(self) -> int:
         """Longest sequence: the longest clip's, and room for a request's own prompt."""
-        longest = self._audio_len(int(self._config.max_audio_s * SAMPLE_RATE_HZ) // HOP_SAMPLES)
+        longest = self._audio_len(_mel_frames(int(self._config.max_audio_s * SAMPLE_RATE_HZ)))
         prompt = self._processor.sequences([longest])["input_ids"].shape[1]
         wanted = prompt + token_budget(self._config, self._config.max_audio_s) + PROMPT_ROOM_TOKENS
         limit: int | None = getattr(self._llm.config, "max_position_embeddings", None)
         return wanted if limit is None else min(wanted, limit)
 
 
+def _mel_frames(n_samples: int) -> int:
+    """What `mel_frame_lens` says of one clip, without a tensor."""
+    return min(-(-n_samples // HOP_SAMPLES), WINDOW_FRAMES)
+
+
 def _count_audio(processor: SpeechLLMProcessor, mel_frames: int) -> int:
-    """Audio positions of a clip that so many mel frames would cover."""
-    return int(processor.audio_lens(torch.tensor([min(mel_frames, WINDOW_FRAMES)])))
+    """Audio positions of a clip of so many mel frames."""
+    return int(processor.audio_lens(torch.tensor([mel_frames])))
 
 
 def _require_arguments(llm: PreTrainedModel) -> None:

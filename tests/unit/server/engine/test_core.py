@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from server.engine.interface import (
     EngineResult,
     Guards,
 )
+from server.engine.recordings import CudaGraphs
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
 from server.errors import DeadlineExceededError, InferenceFailedError, InvalidRequestError
@@ -364,6 +366,36 @@ def test_an_answer_is_not_held_back_by_the_step_that_was_launched_ahead(tiny):
             bench.iterate()
         assert bench.core.idle_s() is None
     assert iterations[0] == iterations[1]
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_every_start_is_reported_once(tiny, runs_ahead):
+    bench = Bench(SpeechRunner(tiny, max_slots=4, runs_ahead=runs_ahead))
+    for clip in CLIPS:
+        bench.submit(clip)
+        bench.iterate()
+    bench.finish()
+    sizes = [size for report in bench.reports for size in report.start_sizes]
+    assert sum(sizes) == len(CLIPS)
+    audio_s = sum(report.audio_s for report in bench.reports)
+    assert audio_s == pytest.approx(sum(clip.size for clip in CLIPS) / 16_000)
+    for report in bench.reports:
+        assert (report.encode_s > 0) == (report.prefill_s > 0) == bool(report.start_sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_a_step_ahead_and_recorded_answers_are_those_of_generate(tiny_checkpoint):
+    on_gpu = Transcriber.from_pretrained(tiny_checkpoint, device="cuda", dtype="fp32")
+    bench = Bench(SpeechRunner(on_gpu, max_slots=4, record=CudaGraphs()))
+    keys = []
+    for clip in CLIPS * 3:
+        keys.append(bench.submit(clip))
+        bench.iterate()
+    bench.finish()
+    on_cpu = Transcriber.from_pretrained(tiny_checkpoint, device="cpu")
+    for key, clip in zip(keys, CLIPS * 3, strict=True):
+        assert list(bench.answers[key].token_ids) == generate_alone(on_cpu, clip)
 
 
 def test_a_third_step_is_not_launched_before_the_first_is_looked_at(tiny):

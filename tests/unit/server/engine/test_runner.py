@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+import traceback
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, Lfm2Config
 
 from model.processing import previous_text_tail
@@ -216,11 +218,48 @@ def test_a_start_that_fails_leaves_the_slots_as_they_were(tiny, pads_batches):
     assert driver.said[0].token_ids == generate_alone(tiny, noise(2.0))
 
 
+class Reads(TorchDispatchMode):
+    """Counts what would make the host wait for a CUDA device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        name, frames = func.name(), traceback.extract_stack()
+        # There, lengths are looked at that have not left the host.
+        on_host = any(frame.filename.endswith("log_mel.py") for frame in frames)
+        indices = args[1] if name.startswith("aten::index") else []
+        by_mask = any(each is not None and each.dtype == torch.bool for each in indices)
+        if by_mask or (name in {"aten::item", "aten::nonzero", "aten::equal"} and not on_host):
+            self.found.append((name, [frame.line for frame in frames[-4:]]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_neither_a_start_nor_a_step_ahead_of_it_waits_for_the_device(tmp_path, monkeypatch):
+    make_tiny_checkpoint(tmp_path, ctc="none")
+    deaf = Transcriber.from_pretrained(tmp_path, device="cpu")
+    runner = SpeechRunner(
+        deaf, max_slots=4, pads_batches=True, record=lambda run: run, runs_ahead=True
+    )
+    plans = [runner.plan(noise(seconds, seed)) for seed, seconds in enumerate(SECONDS[:4])]
+    runner.start(plans[:2])
+    runner.begin_step()
+    with Reads() as reads:
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda _tensor: pytest.fail("tolist"))
+        report = runner.start(plans[2:])
+        runner.begin_step()
+        monkeypatch.undo()
+    assert reads.found == []
+    assert [len(runner.finish_step()) for _ in range(2)] == [2, 4]
+    assert report().encode_s > 0
+
+
 @pytest.mark.parametrize(("pads_batches", "padded_audio_s"), [(False, 3.0), (True, 4.0)])
 def test_clips_are_padded_only_where_that_is_wanted(tiny, pads_batches, padded_audio_s):
     runner = SpeechRunner(tiny, max_slots=2, pads_batches=pads_batches)
     report = runner.start([runner.plan(noise(1.0)), runner.plan(noise(2.0))])
-    assert report.padded_audio_s == padded_audio_s
+    assert report().padded_audio_s == padded_audio_s
 
 
 def test_the_budget_decides_how_many_slots_there_are(tiny):
