@@ -409,8 +409,10 @@ class EngineCore:
             self.runner.begin_step()
         except Exception:  # noqa: BLE001 - a model may raise anything; logged
             self._note_failure("begin a step of", _requests_of(self._rows))
-            return None  # once nothing is ahead, it is tried on halves
-        return self._stepped()
+        else:
+            return self._stepped()
+        self.runner.recover()
+        return None  # once nothing is ahead, it is tried on halves
 
     def _stepped(self) -> _Stepped:
         # Kept, since whoever leaves or branches moves rows.
