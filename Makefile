@@ -44,7 +44,7 @@ docs: $(STAMP)
 setup: $(STAMP)
 
 # The lock lets two of these run side by side; the second finds the first one's work done. setuptools is installed
-# ahead of the project so that the build uses the pinned one.
+# ahead of the project so that the build uses the pinned one, and not asked to warn of what editable installations are.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, and $(PYTHON) is {sys.version.split()[0]}: name another with make PYTHON=python3.12")'
 	@exec 9> $(VENV).lock; flock 9; \
@@ -52,5 +52,5 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "Installing into $(VENV); the first time this downloads torch and takes minutes"; \
 	$(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools; \
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,docs,tensorboard]'; \
+	PYTHONWARNINGS=ignore:Editable $(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev,docs,tensorboard]'; \
 	touch $@
