@@ -101,7 +101,7 @@ class _Computation:
     decoder_pass: DecoderPass
     slots: KVSlots
     held: Tensor  # (S, D)
-    said: Tensor  # (S,) token ids of the step before
+    said: Tensor  # (S,) token ids of the step before; only read, since recording runs this again
 
     def __call__(self, first: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Run the begun step of (4, R) token ids, columns, offsets and sources from row `first`."""
@@ -110,9 +110,7 @@ class _Computation:
         held = self.held[first : first + len(ids)]
         embeds = torch.where((ids < 0)[:, None], held, self.embed(ids.clamp(min=0)))
         logits = self.decoder_pass(embeds[:, None], (columns + offsets)[:, None], self.slots)
-        best = likeliest(logits)
-        self.said[: len(ids)] = best[1]
-        return logits, best
+        return logits, likeliest(logits)
 
 
 class DecodeStep:
@@ -130,8 +128,8 @@ class DecodeStep:
         n_slots = slots.plan.n_slots
         self._slots, self._device = slots, weight.device
         self._held = weight.new_zeros(n_slots, weight.shape[1])
-        said = torch.zeros(n_slots, dtype=torch.int64, device=self._device)
-        self._compute = _Computation(embed, decoder_pass, slots, self._held, said)
+        self._said = torch.zeros(n_slots, dtype=torch.int64, device=self._device)
+        self._compute = _Computation(embed, decoder_pass, slots, self._held, self._said)
         self._numbers = torch.zeros(4, n_slots, dtype=torch.int64, device=self._device)
         # Two of what goes up and what comes down: while one step runs, the next is launched.
         self._stages = [self._stage(n_slots) for _ in range(2)]
@@ -155,11 +153,14 @@ class DecodeStep:
             np.stack([inputs.token_ids, inputs.columns, inputs.offsets, inputs.sources])
         )
         logits, best = self._run(rows, stage.numbers)
-        stage.best[:, :count].copy_(best, non_blocking=True)
+        self._said[: best.shape[1]] = best[1]
+        # Both sides without gaps, or the host would wait for a copy in between.
+        lands = stage.best[: best.numel()].view_as(best)
+        lands.copy_(best, non_blocking=True)
         if stage.landed is not None:
             stage.landed.record()
         self._stages.reverse()
-        return Launched(logits, stage.best[:, :count], stage.landed)
+        return Launched(logits, lands[:, :count], stage.landed)
 
     def prefill(self, embeds: Tensor, position_ids: Tensor) -> None:
         """Write the keys and values of prompts (B, L, D) at (B, L) to the slots that have begun."""
@@ -169,7 +170,11 @@ class DecodeStep:
         """Prepare what can be; no slot is in use."""
 
     def _run(self, rows: slice, host: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a step, given what (4, S) `host` begins with: its logits, the `likeliest` of them."""
+        """Run a step, given what (4, S) `host` begins with.
+
+        Returns:
+            Its logits (R, V), and the `likeliest` of them, (2, R) or of padding rows besides.
+        """
         self._numbers.copy_(host, non_blocking=True)
         numbers = self._numbers[:, : rows.stop - rows.start]
         self._slots.begin_decode(rows, numbers[1])
@@ -177,7 +182,7 @@ class DecodeStep:
 
     def _stage(self, n_slots: int) -> _Stage:
         numbers = torch.zeros(4, n_slots, dtype=torch.int64)
-        best = torch.zeros(2, n_slots, dtype=torch.float64)
+        best = torch.zeros(2 * n_slots, dtype=torch.float64)
         if self._device.type != "cuda":
             return _Stage(numbers, best, None)
         return _Stage(numbers.pin_memory(), best.pin_memory(), torch.cuda.Event())
@@ -185,7 +190,7 @@ class DecodeStep:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """A step's numbers on the host: (4, S) on their way up, (2, S) down, and when these landed."""
+    """A step's numbers on the host: (4, S) going up, (2 * S,) coming down, and when they landed."""
 
     numbers: Tensor
     best: Tensor
@@ -254,7 +259,7 @@ class RecordedStep(DecodeStep):
         if outputs is None:
             return super()._run(rows, host)
         logits, best = outputs
-        return logits[:count], best[:, :count]
+        return logits[:count], best
 
     def _replay_step(self, rows: int, live: int) -> tuple[Tensor, Tensor] | None:
         numbers, compute = self._numbers[:, :rows], self._compute

@@ -161,14 +161,6 @@ class StartReport:
     prefill_s: float = 0.0
     padded_audio_s: float = 0.0
 
-    def __add__(self, other: StartReport) -> StartReport:
-        """What both took."""
-        return StartReport(
-            self.encode_s + other.encode_s,
-            self.prefill_s + other.prefill_s,
-            self.padded_audio_s + other.padded_audio_s,
-        )
-
 
 @dataclass(slots=True)
 class IterationReport:

@@ -145,6 +145,7 @@ class SpeechRunner:
         _require_arguments(self._llm)
         pack_linear_layers(self._llm)
         decoder_pass = make_pass(self._llm)
+        self._reads_own_lengths = decoder_pass.reads_own_lengths
         self._embed = self._llm.get_input_embeddings()
         self._audio_token_id = self._processor.audio_token_id
         self._pad_token_id = self._processor.tokenizer.pad_token_id  # which is slow to look up
@@ -314,8 +315,8 @@ class SpeechRunner:
     def start(self, plans: Sequence[Plan]) -> Callable[[], StartReport]:
         """Encode clips and prefill their prompts into the next free slots, in order.
 
-        A CUDA device is not waited for, but where positions follow from what a CTC head hears. A
-        failure leaves the slots as they were.
+        A CUDA device is not waited for where a `trimmed` encoder runs from a recording and no CTC
+        head is listened to. A failure leaves the slots as they were.
 
         Returns:
             What it took; waits until it is done.
@@ -499,7 +500,9 @@ class SpeechRunner:
 
     def release(self, row: int, *, failed: bool = False) -> None:
         """Free a row; the last one takes its place. What a `failed` one holds is wiped."""
-        self._slots.release(row, wipe=failed)
+        # What a step under way writes may be a NaN that nobody will hear of.
+        is_unknown = bool(self._launched) and not self._reads_own_lengths
+        self._slots.release(row, wipe=failed or is_unknown)
         last = self._rows.pop()
         if row == len(self._rows):
             return
