@@ -3,6 +3,7 @@
     config.json               SpeechLLMConfig
     generation_config.json
     connector.safetensors     connector.* and ctc_head.*
+    lexicon.txt               a word a line, where config.json has a lexicon_penalty
     tokenizer and processor files
     encoder/                  a Hugging Face Whisper encoder folder, or a path or hub id in config
     llm/                      a Hugging Face causal LM folder, or a path or hub id in config
@@ -30,8 +31,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as hf_logging
 
 from model.configuration import SpeechLLMConfig
+from model.lexicon import Lexicon
 from model.modeling import SpeechLLMForConditionalGeneration
 from model.processing import SpeechLLMProcessor
+from model.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 CONNECTOR_FILE = "connector.safetensors"
 _GENERATION_FILE = "generation_config.json"
+_LEXICON_FILE = "lexicon.txt"
 _READ = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 _OWN_PARTS = ("encoder", "llm", "lora")
 
@@ -344,8 +348,49 @@ def load_model(
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder / _GENERATION_FILE}: {error}") from error
+    if config.lexicon_penalty:
+        model.lexicon = _load_lexicon(folder, config)
     model.to(device).eval()
     return model
+
+
+def _load_lexicon(folder: Path, config: SpeechLLMConfig) -> Lexicon:
+    token_bytes = TokenBytes(load_tokenizer(folder))
+    tokens = [token_bytes(index) for index in range(config.get_text_config().vocab_size)]
+    path = folder / _LEXICON_FILE
+    try:
+        words = path.read_text(encoding="utf-8").split()
+        return Lexicon(words, config.lexicon_penalty, tokens)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def write_lexicon(folder: Path, words: Iterable[str], penalty: float) -> None:
+    """Give a checkpoint a lexicon, in place of the one that it may have.
+
+    Args:
+        folder: of the checkpoint; its configuration notes the penalty.
+        words: see `model.lexicon.words_of`.
+        penalty: in nats; above 0.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or it does not decode jointly.
+        ValueError: the penalty is out of range.
+    """
+    if not penalty > 0:
+        raise ValueError(f"the penalty must be above 0, not {penalty}")
+    fields = load_config(folder).to_dict()
+    try:
+        config = SpeechLLMConfig.from_dict(fields | {"lexicon_penalty": penalty})
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    _write_words(folder, words)
+    config.save_pretrained(folder)
+
+
+def _write_words(folder: Path, words: Iterable[str]) -> None:
+    lines = "".join(f"{word}\n" for word in sorted(set(words)))
+    (folder / _LEXICON_FILE).write_text(lines, encoding="utf-8")
 
 
 def _find_part(config: SpeechLLMConfig, part: Literal["encoder", "llm"], folder: Path) -> Path:
@@ -458,6 +503,8 @@ def save_model(
         nested.name_or_path = ""  # else a path of the machine that trained it is published
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+    if model.lexicon is not None:
+        _write_words(folder, model.lexicon.words)
     if processor is not None:
         processor.save_pretrained(folder)
     _share_as(folder / "config.json", folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal, get_args
 
 from transformers import AutoConfig, PreTrainedConfig, WhisperConfig
@@ -35,6 +36,8 @@ class SpeechLLMConfig(PreTrainedConfig):
             no positions, so that the place to read from is as far from every token. Needs a head.
         ctc_decoding_weight: of the CTC head's scores when an answer is decoded, beside the LLM's
             that have the rest, see `model.ctc_prefix`; 0 decodes with the LLM alone.
+        lexicon_penalty: in nats, of each word that is not in the checkpoint's `lexicon.txt`, when
+            an answer is decoded jointly, see `model.lexicon`; 0 for none, and without a lexicon.
         encoder_mode: `padded` or `trimmed`, see `model.encoder.encode`.
         prompt: what the user turn asks after the audio.
         audio_token_id: id that marks audio positions in `input_ids`; an entry that no text uses.
@@ -65,6 +68,7 @@ class SpeechLLMConfig(PreTrainedConfig):
     ctc_tokens: int | None = None
     audio_positions: str = "sequence"
     ctc_decoding_weight: float = 0.0
+    lexicon_penalty: float = 0.0
     encoder_mode: str = "padded"
     prompt: str = DEFAULT_PROMPT
     audio_token_id: int | None = None
@@ -94,12 +98,7 @@ class SpeechLLMConfig(PreTrainedConfig):
         _check_choice("audio_positions", self.audio_positions, get_args(AudioPositions))
         if self.audio_positions == "ctc" and self.ctc == "none":
             raise ValueError("audio_positions 'ctc' needs a CTC head, and ctc is 'none'")
-        if not 0 <= self.ctc_decoding_weight < 1:
-            raise ValueError(
-                f"ctc_decoding_weight must lie in [0, 1), got {self.ctc_decoding_weight}"
-            )
-        if self.ctc_decoding_weight and self.ctc == "none":
-            raise ValueError("ctc_decoding_weight needs a CTC head, and ctc is 'none'")
+        self._check_decoding()
         if self.ctc != "none" and self.pad_token_id is None:
             raise ValueError("a CTC head needs pad_token_id, which stands for its blank")
         if self.ctc_tokens is not None and (self.ctc == "none" or self.ctc_tokens < 1):
@@ -115,6 +114,20 @@ class SpeechLLMConfig(PreTrainedConfig):
                 f"pad_token_id and eos_token_id are both {self.eos_token_id}: EOS would be "
                 "padding and never be learnt"
             )
+
+    def _check_decoding(self) -> None:
+        if not 0 <= self.ctc_decoding_weight < 1:
+            raise ValueError(
+                f"ctc_decoding_weight must lie in [0, 1), got {self.ctc_decoding_weight}"
+            )
+        if self.ctc_decoding_weight and self.ctc == "none":
+            raise ValueError("ctc_decoding_weight needs a CTC head, and ctc is 'none'")
+        if not 0 <= self.lexicon_penalty < math.inf:
+            raise ValueError(
+                f"lexicon_penalty must not be below 0, nor infinite: {self.lexicon_penalty}"
+            )
+        if self.lexicon_penalty and not self.ctc_decoding_weight:
+            raise ValueError("lexicon_penalty is of joint decoding, and ctc_decoding_weight is 0")
 
     def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:  # noqa: ANN401
         """The LLM's configuration, from which transformers sizes caches and vocabularies."""

@@ -13,12 +13,14 @@ and Hori et al. 2017, "Joint CTC/attention decoding for end-to-end speech recogn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor
+
+from model.lexicon import BEGIN, Spelling
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from model.ctc import CTCHead
+    from model.lexicon import Lexicon
     from model.modeling import EmbeddedAudio
 
 _NEVER = -1e30  # logarithm of a probability of nothing; differences of it stay finite
@@ -46,7 +49,12 @@ class ClipPosteriors:
     """
 
     def __init__(
-        self, ctc_logits: Tensor, head: CTCHead, stop_ids: Collection[int], weight: float
+        self,
+        ctc_logits: Tensor,
+        head: CTCHead,
+        stop_ids: Collection[int],
+        weight: float,
+        lexicon: Lexicon | None = None,
     ) -> None:
         """Keep the posteriors of a clip.
 
@@ -55,6 +63,7 @@ class ClipPosteriors:
             head: what they are of.
             stop_ids: tokens of the LLM that end an answer.
             weight: of the head in a joint score, in [0, 1).
+            lexicon: of which the answer is likely made, over the LLM's vocabulary; None for any.
 
         Raises:
             ValueError: the logits are not finite.
@@ -80,6 +89,7 @@ class ClipPosteriors:
         self.head = head
         self.stop_ids = sorted(stop_ids)
         self.weight = weight
+        self.lexicon = lexicon
 
     def __len__(self) -> int:
         """Frames that are left, F'."""
@@ -101,6 +111,7 @@ class CTCPrefix:
         either: (W,) the same whether the last of them is blank or the answer's last token.
         last: output of the head for its last token; None before the first.
         log_prob: that the clip begins with the answer.
+        spelling: where it stands in a word; of use where the clip has a lexicon.
     """
 
     clip: ClipPosteriors
@@ -109,6 +120,7 @@ class CTCPrefix:
     either: NDArray[np.float64]
     last: int | None = None
     log_prob: float = 0.0
+    spelling: Spelling = BEGIN
 
     @classmethod
     def begin(cls, clip: ClipPosteriors) -> CTCPrefix:
@@ -158,7 +170,7 @@ def extend_prefixes(prefixes: Sequence[CTCPrefix], token_ids: Sequence[int]) -> 
     where it was. All are added together, for the arrays are short, and what costs is the number of
     calls.
     """
-    extended = list(prefixes)
+    extended = [_respelt(*each) for each in zip(prefixes, token_ids, strict=True)]
     grown: list[tuple[int, int]] = []  # row, output of its token
     paths: list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]] = []
     for row, (prefix, token_id) in enumerate(zip(prefixes, token_ids, strict=True)):
@@ -197,8 +209,17 @@ def extend_prefixes(prefixes: Sequence[CTCPrefix], token_ids: Sequence[int]) -> 
             either[at, window],
             index,
             log_probs[at],
+            extended[row].spelling,
         )
     return extended
+
+
+def _respelt(prefix: CTCPrefix, token_id: int) -> CTCPrefix:
+    """The answer as it was, but for where one more token leaves it in a word."""
+    lexicon = prefix.clip.lexicon
+    if lexicon is None:
+        return prefix
+    return replace(prefix, spelling=lexicon.read(prefix.spelling, token_id))
 
 
 def prefix_scores(prefixes: Sequence[CTCPrefix]) -> tuple[Tensor, Tensor]:
@@ -242,14 +263,20 @@ def _accumulate(enters: NDArray[np.float64], stays: NDArray[np.float64]) -> NDAr
 
 
 def clip_posteriors(
-    audio: EmbeddedAudio, head: CTCHead, stop_ids: Collection[int], weight: float
+    audio: EmbeddedAudio,
+    head: CTCHead,
+    stop_ids: Collection[int],
+    weight: float,
+    lexicons: Sequence[Lexicon | None],
 ) -> list[ClipPosteriors]:
-    """What the head hears in each of B clips; needs `audio.ctc_logits`."""
+    """What the head hears in each of B clips, each with its lexicon; needs `audio.ctc_logits`."""
     if audio.ctc_logits is None:
         raise ValueError("the audio was embedded without the CTC head")
     return [
-        ClipPosteriors(logits[:length], head, stop_ids, weight)
-        for logits, length in zip(audio.ctc_logits, audio.frame_lens.tolist(), strict=True)
+        ClipPosteriors(logits[:length], head, stop_ids, weight, lexicon)
+        for logits, length, lexicon in zip(
+            audio.ctc_logits, audio.frame_lens.tolist(), lexicons, strict=True
+        )
     ]
 
 
@@ -257,7 +284,8 @@ def joint_scores(scores: Tensor, prefixes: Sequence[CTCPrefix]) -> Tensor:
     """Weigh the LLM's scores (R, V), logits or log-probabilities, with those of the CTC head.
 
     An end token has the score of the end. What the head has no output for gets the best score of
-    the row, so that it is left to the LLM.
+    the row, so that it is left to the LLM. What brings a word outside a clip's lexicon costs its
+    penalty.
 
     Args:
         scores: of the next tokens.
@@ -278,7 +306,19 @@ def joint_scores(scores: Tensor, prefixes: Sequence[CTCPrefix]) -> Tensor:
         jointly = alone + best * weight
         jointly[:, head.token_ids] += (heard - best) * weight
     jointly[:, clip.stop_ids] = alone[:, clip.stop_ids] + ends[:, None] * weight
+    if clip.lexicon is not None:
+        jointly -= _lexicon_penalties(prefixes).to(jointly.device)
     return jointly
+
+
+def _lexicon_penalties(prefixes: Sequence[CTCPrefix]) -> Tensor:
+    """What the next tokens (R, V) cost behind each answer, all of clips with lexicons."""
+    lexicons = [cast("Lexicon", prefix.clip.lexicon) for prefix in prefixes]
+    pairs = list(zip(lexicons, (prefix.spelling for prefix in prefixes), strict=True))
+    penalties = np.stack([lexicon.penalties(spelling) for lexicon, spelling in pairs])
+    ends = np.array([lexicon.end_penalty(spelling) for lexicon, spelling in pairs])
+    penalties[:, prefixes[0].clip.stop_ids] = ends[:, None]
+    return torch.from_numpy(penalties)
 
 
 class JointDecoding(LogitsProcessor):

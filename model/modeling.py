@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from transformers import Cache
 
+    from model.lexicon import Lexicon
+
 IGNORED_LABEL = -100
 # What transformers' Auto classes hand on; the checkpoint's own configuration is read instead.
 _AUTO_CLASS_ARGUMENTS = {"config", "trust_remote_code", "adapter_kwargs"}
@@ -125,6 +127,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             n_rows = self.llm.get_input_embeddings().num_embeddings
             blank_id = cast("int", config.pad_token_id)  # as the configuration checks
             self.ctc_head = CTCHead(d_encoder, n_rows, blank_id, config.ctc_tokens)
+        self.lexicon: Lexicon | None = None
         self.post_init()
 
     def init_weights(self) -> None:
@@ -360,7 +363,8 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         stop_ids = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
         audio = self.embed_audio(options["encoder_frames"], options["frame_lens"])
         head = cast("CTCHead", self.ctc_head)
-        return clip_posteriors(audio, head, stop_ids, self.config.ctc_decoding_weight)
+        weight, lexicons = self.config.ctc_decoding_weight, [self.lexicon] * len(audio.audio_lens)
+        return clip_posteriors(audio, head, stop_ids, weight, lexicons)
 
     def prepare_inputs_for_generation(
         self,

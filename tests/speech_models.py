@@ -16,11 +16,13 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from model.checkpoint import write_lexicon
 from model.ctc import CTCHead
+from model.lexicon import words_of
 from model.log_mel import SAMPLE_RATE_HZ
 from model.processing import token_budget
 from model.transcription import Transcriber
-from tests.conftest import make_tiny_checkpoint
+from tests.conftest import SENTENCES, make_tiny_checkpoint
 
 _SIZES = {
     "vocab_size": 320, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -51,7 +53,7 @@ FAMILIES = {
 
 
 BESIDE_TEXT = "qwen2, audio beside the text"
-JOINTLY = "qwen2, jointly with a CTC head that covers every other token"
+JOINTLY = "qwen2, jointly with a CTC head that covers every other token, and a lexicon"
 
 
 def make_speech_model(folder: Path, family: str) -> Transcriber:
@@ -60,6 +62,7 @@ def make_speech_model(folder: Path, family: str) -> Transcriber:
         make_tiny_checkpoint(folder, audio_positions="ctc")
     elif family == JOINTLY:
         make_tiny_checkpoint(folder, ctc_decoding_weight=0.5)
+        write_lexicon(folder, words_of(" ".join(SENTENCES)), 2.0)
     else:
         make_tiny_checkpoint(folder, llm_config=FAMILIES[family])
     transcriber = Transcriber.from_pretrained(folder, device="cpu")

@@ -9,6 +9,7 @@ import typer
 from server.cli import data
 from server.cli.evaluate import compare, evaluate
 from server.cli.info import info
+from server.cli.lexicon import lexicon
 from server.cli.parity import parity
 from server.cli.serve import serve
 from server.cli.train import cache, train_app
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(train_app, name="train")
 app.command()(cache)
+app.command()(lexicon)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(parity)

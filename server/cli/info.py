@@ -24,7 +24,7 @@ def info(
     from model.transcription import Transcriber
 
     transcriber = Transcriber.from_pretrained(model, device)
-    config = transcriber.config
+    config, lexicon = transcriber.config, transcriber.model.lexicon
     parts = {
         name: sum(parameter.numel() for parameter in part.parameters())
         for name, part in transcriber.model.named_children()
@@ -37,6 +37,9 @@ def info(
         "llm": config.get_text_config().model_type,
         "ctc": config.ctc,
         "ctc_tokens": config.ctc_tokens,
+        "ctc_decoding_weight": config.ctc_decoding_weight,
+        "lexicon_words": len(lexicon.words) if lexicon is not None else 0,
+        "lexicon_penalty": config.lexicon_penalty,
         "prompt": config.prompt,
         "context_templates": transcriber.processor.context_templates,
         "languages": config.languages,

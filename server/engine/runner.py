@@ -28,6 +28,7 @@ from model.encoder import encoder_frame_lens
 from model.hotwords import MAX_LIST_BYTES, heard_hotwords, list_hotwords
 from model.log_mel import HOP_SAMPLES, SAMPLE_RATE_HZ, WINDOW_FRAMES, WINDOW_S, to_device
 from model.processing import previous_text_tail, token_budget
+from model.token_bytes import TokenBytes
 from model.transcription import Transcriber, identify_language
 from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
 from server.engine.decode_step import HELD, NO_SOURCE, DecodeStep, RecordedStep, StepInputs
@@ -39,7 +40,6 @@ from server.engine.packed_linear import pack_linear_layers
 from server.engine.recordings import CudaGraphs
 from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens, plain_tokens
 from server.engine.stopwatch import Stopwatch
-from server.engine.token_bytes import TokenBytes
 from server.errors import InvalidRequestError
 from server.log import structured
 from server.transcription import Word
@@ -374,7 +374,7 @@ class SpeechRunner:
         first = self._slots.used + after
         last_embeds = torch.stack([embeds[row, end] for row, end in enumerate(ends)])
         self._decode.hold(slice(first, first + len(plans)), last_embeds)
-        posteriors = self._posteriors(audio)
+        posteriors = self._posteriors(plans, audio)
         return [
             _Row(
                 prompt_tokens=end + 1,
@@ -384,12 +384,16 @@ class SpeechRunner:
             for end, offset, plan, posterior in zip(ends, offsets, plans, posteriors, strict=True)
         ]
 
-    def _posteriors(self, audio: EmbeddedAudio) -> Sequence[ClipPosteriors | None]:
+    def _posteriors(
+        self, plans: Sequence[Plan], audio: EmbeddedAudio
+    ) -> Sequence[ClipPosteriors | None]:
         """What joint decoding needs of each clip; None where the LLM decodes alone."""
         head, weight = self._model.ctc_head, self._config.ctc_decoding_weight
         if head is None or not weight:
             return [None] * len(audio.audio_lens)
-        return clip_posteriors(audio, head, self.stop_ids, weight)
+        lexicon = self._model.lexicon
+        lexicons = [lexicon and lexicon.with_words(plan.hotwords) for plan in plans]
+        return clip_posteriors(audio, head, self.stop_ids, weight, lexicons)
 
     def _embed_audio(self, plans: Sequence[Plan]) -> EmbeddedAudio:
         mel_frames = [_mel_frames(plan.waveform.size) for plan in plans]

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from model.transcription import Transcriber
 from server.cli import app
 from server.settings import Settings
+from tests.conftest import make_tiny_checkpoint
 from tests.recordings import encode, speechlike
 
 
@@ -38,7 +39,8 @@ def test_the_version_is_told(run):
 
 def test_every_group_of_commands_is_there(run):
     text = run("--help").stdout
-    for command in ("data", "train", "cache", "evaluate", "compare", "serve", "transcribe", "info"):
+    groups = ("data", "train", "cache", "lexicon", "evaluate", "compare", "serve", "transcribe")
+    for command in (*groups, "parity", "info"):
         assert f" {command} " in text, command
 
 
@@ -172,3 +174,30 @@ def test_a_missing_checkpoint_is_one_clear_line(run, command, tmp_path, recordin
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: ")
     assert str(tmp_path / "nothing") in line
+
+
+def test_a_lexicon_is_made_of_texts(run, tmp_path):
+    checkpoint, text = tmp_path / "checkpoint", tmp_path / "text.txt"
+    make_tiny_checkpoint(checkpoint, ctc_decoding_weight=0.3)
+    manifest = tmp_path / "train.jsonl"
+    text.write_text("Where did you, where?\nӨндөр.\n", encoding="utf-8")
+    manifest.write_text(json.dumps({"audio": "a.wav", "text": "you find"}) + "\n")
+
+    def lexicon(*more):
+        return run("lexicon", "--model", checkpoint, "--text", text, "--text", manifest, *more)
+
+    ended = lexicon("--penalty", 2.5)
+    assert ended.output == f"5 words in {checkpoint / 'lexicon.txt'}\n"
+    told = json.loads(run("info", "--model", checkpoint, "--device", "cpu").stdout)
+    assert (told["lexicon_words"], told["lexicon_penalty"]) == (5, 2.5)
+    assert lexicon("--min-count", 2).output.startswith("2 words")
+    assert (checkpoint / "lexicon.txt").read_text() == "where\nyou\n"
+    ended = lexicon("--min-count", 3)
+    assert (ended.exit_code, ended.output) == (1, "error: no word stands 3 times in the text\n")
+    ended = lexicon("--penalty", 0)
+    assert (ended.exit_code, "the penalty must be above 0" in ended.output) == (1, True)
+    assert (checkpoint / "lexicon.txt").read_text() == "where\nyou\n"
+    ended = run("lexicon", "--model", tmp_path, "--text", text)
+    assert (ended.exit_code, "is this a checkpoint folder?" in ended.output) == (1, True)
+    ended = run("lexicon", "--model", checkpoint, "--text", tmp_path / "none.txt")
+    assert (ended.exit_code, "none.txt" in ended.output) == (1, True)

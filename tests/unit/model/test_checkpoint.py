@@ -19,6 +19,7 @@ from model.checkpoint import (
     load_processor,
     resolve,
     save_model,
+    write_lexicon,
 )
 from model.modeling import SpeechLLMForConditionalGeneration
 from tests.speech_models import cover_only
@@ -445,3 +446,58 @@ def test_ctc_tokens_that_do_not_fit_are_refused(narrow: Path) -> None:
     damage(file, "ctc_head.token_ids", "missing")
     with pytest.raises(CheckpointError, match=r"ctc_head\.token_ids is missing"):
         load_model(narrow)
+
+
+@pytest.fixture
+def spelling(folder: Path) -> Path:
+    """A checkpoint with a lexicon."""
+    edit_json(folder / "config.json", ctc_decoding_weight=0.3)
+    write_lexicon(folder, ["zero", "өндөр", "one", "zero"], 2.5)
+    return folder
+
+
+def test_a_lexicon_is_loaded_and_saved(spelling: Path, tmp_path: Path) -> None:
+    model = load_model(spelling)
+    assert model.lexicon is not None
+    assert (model.lexicon.words, model.lexicon.penalty) == ({"zero", "one", "өндөр"}, 2.5)
+    save_model(model, tmp_path / "again")
+    stored = tmp_path / "again" / "lexicon.txt"
+    assert stored.read_text(encoding="utf-8") == "one\nzero\nөндөр\n"
+    write_lexicon(spelling, ["two"], 1.0)  # in the place of the other
+    again = load_model(spelling).lexicon
+    assert again is not None
+    assert (again.words, again.penalty) == ({"two"}, 1.0)
+
+
+def test_a_lexicon_without_a_penalty_is_not_read(spelling: Path) -> None:
+    edit_json(spelling / "config.json", lexicon_penalty=0.0)
+    (spelling / "lexicon.txt").unlink()
+    assert load_model(spelling).lexicon is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        (b"", "needs a word"),
+        (b"one\nTwo", "'Two' is not a word"),
+        (b"one\n\xff", "utf-8"),
+    ],
+)
+def test_a_broken_lexicon_is_named(spelling: Path, content: bytes | None, reason: str) -> None:
+    file = spelling / "lexicon.txt"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"lexicon\.txt: .*{reason}"):
+        load_model(spelling)
+
+
+def test_a_lexicon_needs_joint_decoding_and_a_penalty(folder: Path) -> None:
+    before = (folder / "config.json").read_text()
+    with pytest.raises(CheckpointError, match="ctc_decoding_weight is 0"):
+        write_lexicon(folder, ["one"], 2.0)
+    with pytest.raises(ValueError, match="above 0"):
+        write_lexicon(folder, ["one"], 0.0)
+    assert (folder / "config.json").read_text() == before
+    assert not (folder / "lexicon.txt").exists()

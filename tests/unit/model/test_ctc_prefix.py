@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from model.ctc import CTCHead
 from model.ctc_prefix import ClipPosteriors, CTCPrefix, extend_prefixes, joint_scores
+from model.lexicon import Lexicon
 
 VOCABULARY, BLANK, END = 7, 1, 2
 SOME = [3, 5]  # what a head over some tokens covers
@@ -171,3 +172,30 @@ def test_an_answer_that_nobody_said_keeps_every_score_finite() -> None:
     for token in [3, 3, 5, 0, 6] * 8:
         prefix = prefix.extend(token)
         assert scores_of(prefix).isfinite().all()
+
+
+@pytest.mark.parametrize("n_tokens", [None, 3])
+def test_what_brings_a_word_outside_the_lexicon_costs_its_penalty(n_tokens: int | None) -> None:
+    head = make_head(n_tokens)
+    spelt = [b"", b"", b"", b"a", b"b", b"c", b" "]
+    logits = torch.randn(5, head.out_features, generator=torch.Generator().manual_seed(0))
+    clips = [
+        ClipPosteriors(logits, head, [END], 0.3, lexicon)
+        for lexicon in (None, Lexicon(["ab", "c"], 2.0, spelt))
+    ]
+    llm = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    # The head has no output for 4 where it covers some tokens; the answer is spelt with it still.
+    for answer, outside in [
+        ([], {4}),
+        ([3], {3, 5, 6, END}),
+        ([3, 4], {3, 4, 5}),
+        ([3, 4, 6], {4}),
+        ([3, 5], set()),
+        ([3, 5, 6, 5], {3, 4, 5}),
+    ]:
+        plain, counted = map(CTCPrefix.begin, clips)
+        for token in answer:
+            (plain,), (counted,) = (extend_prefixes([each], [token]) for each in (plain, counted))
+        cost = joint_scores(llm, [plain]) - joint_scores(llm, [counted])
+        expected = [2.0 * (index in outside) for index in range(VOCABULARY)]
+        assert cost[0].tolist() == pytest.approx(expected, abs=1e-5)

@@ -354,6 +354,8 @@ def test_auto_classes_know_the_model(tiny_checkpoint: Path) -> None:
         ({"audio_positions": "ctc"}, "needs a CTC head"),
         ({"ctc_decoding_weight": 0.9}, "needs a CTC head"),
         ({"ctc_decoding_weight": 1.0}, "ctc_decoding_weight must lie in"),
+        ({"lexicon_penalty": 1.0}, "of joint decoding, and ctc_decoding_weight is 0"),
+        ({"lexicon_penalty": -1.0}, "lexicon_penalty must not be below 0"),
         ({"ctc": "fused"}, "needs pad_token_id"),
         (
             {"ctc": "fused", "pad_token_id": 0, "ctc_tokens": 0},

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from model.checkpoint import write_lexicon
+from model.lexicon import words_of
 from model.transcription import Transcriber
 from server.engine import continuous
 from server.engine.admission import Admission
@@ -24,6 +26,7 @@ from server.errors import (
     QueueFullError,
     ShuttingDownError,
 )
+from tests.conftest import SENTENCES, make_tiny_checkpoint
 from tests.faulty_runner import START_POISON, FaultyRunner, poisoned
 from tests.speech_models import generate_alone, noise, search_alone
 
@@ -112,6 +115,31 @@ async def test_answers_are_decoded_jointly_with_the_ctc_head_as_generate_does(ti
     expected = [alone(*each) for each in asked]
     assert expected != of_the_llm_alone
     runner = FaultyRunner(SpeechRunner(joint, max_slots=8))
+    async with running(runner, max_requests=len(asked)) as engine:
+        results = await asyncio.gather(
+            *(engine.submit(request(clip, decoding=decoding)) for clip, decoding in asked)
+        )
+    assert [list(result.token_ids) for result in results] == expected
+
+
+async def test_a_lexicon_counts_as_in_generate(tmp_path):
+    make_tiny_checkpoint(tmp_path, ctc_decoding_weight=0.5)
+    plain = Transcriber.from_pretrained(tmp_path, device="cpu")
+    write_lexicon(tmp_path, words_of(" ".join(SENTENCES)), 4.0)
+    spelling = Transcriber.from_pretrained(tmp_path, device="cpu")
+    decodings = [Decoding(), Decoding(repetition_penalty=1.2), Decoding(num_beams=3)]
+
+    def alone(joint, clip, decoding):
+        penalty = decoding.repetition_penalty
+        if decoding.num_beams > 1:
+            return search_alone(joint, clip, decoding.num_beams, penalty=penalty)[0][0]
+        return generate_alone(joint, clip, penalty=penalty)
+
+    asked = [(clip, decoding) for clip in CLIPS for decoding in decodings]
+    expected = [alone(spelling, *each) for each in asked]
+    for with_lexicon, clip_and_decoding in zip(expected, asked, strict=True):
+        assert with_lexicon != alone(plain, *clip_and_decoding)
+    runner = FaultyRunner(SpeechRunner(spelling, max_slots=8))
     async with running(runner, max_requests=len(asked)) as engine:
         results = await asyncio.gather(
             *(engine.submit(request(clip, decoding=decoding)) for clip, decoding in asked)

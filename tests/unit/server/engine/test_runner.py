@@ -10,6 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig, Lfm2Config
 
+from model.checkpoint import write_lexicon
+from model.hotwords import heard_hotwords, list_hotwords
+from model.lexicon import words_of
 from model.processing import previous_text_tail
 from model.transcription import Transcriber
 from server.engine.decoding import Decoding
@@ -398,6 +401,27 @@ def test_hotwords_that_were_heard_stand_in_the_prompt_that_generate_is_given(lis
         for clip, context in zip(clips, contexts, strict=True)
     ]
     assert [driver.said[i].token_ids for i in range(3)] == expected
+
+
+def test_hotwords_belong_to_the_lexicon_of_their_request_alone(tmp_path):
+    make_tiny_checkpoint(tmp_path, ctc_decoding_weight=0.5)
+    write_lexicon(tmp_path, ["zero", "one"], 4.0)
+    joint = Transcriber.from_pretrained(tmp_path, device="cpu")
+    joint.processor.context_templates = {"hotwords": "[{}] "}
+    clip, lexicon = noise(2.0), joint.model.lexicon
+    joint.model.lexicon = None
+    (without,) = joint.transcribe([clip], with_ctc=True).transcripts
+    hotwords = tuple(words_of(without.text))
+    joint.model.lexicon = lexicon
+    driver = Driver(SpeechRunner(joint, max_slots=2))
+    driver.start((0, driver.runner.plan(clip, hotwords=hotwords)), (1, driver.runner.plan(clip)))
+    driver.finish()
+    listed = list_hotwords(heard_hotwords(hotwords, without.ctc_text))
+    context = joint.processor.context(hotwords=listed)
+    assert driver.said[1].token_ids == generate_alone(joint, clip)
+    with_lexicon = generate_alone(joint, clip, context=context)
+    joint.model.lexicon = lexicon.with_words(hotwords)
+    assert driver.said[0].token_ids == generate_alone(joint, clip, context=context) != with_lexicon
 
 
 def test_the_previous_text_stands_in_the_prompt_that_generate_is_given(listening):

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from model.token_bytes import TokenBytes
 from model.training.tokenizer import train_tokenizer
-from server.engine.token_bytes import TokenBytes
 from tests.conftest import SENTENCES
 
 TOKENIZER = train_tokenizer(SENTENCES * 4, vocab_size=320)
