@@ -90,6 +90,7 @@ def our_server(
     command = ["-m", "server.cli", "serve", "--model", str(model), "--device", device]
     command += ["--dtype", dtype, "--port", str(port), "--log-level", "warning"]
     command += ["--cpu-threads", str(threads), "--max-batch-size", str(max_batch_size)]
+    command += ["--num-beams", "1"]  # as the peers search
     # As many clients as there are slots may wait besides.
     command += ["--max-queue-size", str(max(128, 2 * max_batch_size))]
     command += ["--max-queue-audio-s", str(max(1800, 60 * max_batch_size))]

@@ -132,6 +132,11 @@ class Transcriber:
         """Longest clip, in seconds."""
         return float(self.config.max_audio_s)
 
+    @property
+    def num_beams(self) -> int:
+        """Of the search that the checkpoint's `generation_config.json` asks for; 1 for none."""
+        return int(self.model.generation_config.num_beams or 1)
+
     @torch.inference_mode()
     def transcribe(  # noqa: PLR0913 - what a batch is decoded with
         self,

@@ -134,6 +134,11 @@ class WhisperTranscriber:
         device: torch.device = self.whisper.device
         return device
 
+    @property
+    def num_beams(self) -> int:
+        """It is decoded greedily."""
+        return 1
+
     @torch.inference_mode()
     def transcribe(
         self, waveforms: Sequence[np.ndarray], *, with_ctc: bool = False, num_beams: int = 1

@@ -135,6 +135,7 @@ def _load_runner(settings: Settings) -> Runner:
         max_slots=settings.max_batch_size,
         kv_cache_bytes=settings.kv_cache_mib << 20 or None,
         cuda_graphs=settings.cuda_graphs,
+        num_beams=settings.num_beams or None,
     )
     # All of it stays. Each search for garbage among what torch and transformers have made would
     # stop every thread, the event loop's too, for a third of a second.

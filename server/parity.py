@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from model.evaluation.scoring import ErrorCounts, count_word_errors, score_text, sum_counts
 from server.engine.core import EngineCore
+from server.engine.decoding import Decoding
 from server.engine.interface import NO_GUARDS, EngineRequest, EngineResult
 from server.engine.runner import SpeechRunner
 from server.engine.scheduler import ScheduleLimits
@@ -83,14 +84,18 @@ class Comparison:
 
 
 def measure_parity(
-    transcriber: Transcriber, clips: Sequence[ParityClip], batch_size: int
+    transcriber: Transcriber,
+    clips: Sequence[ParityClip],
+    batch_size: int,
+    num_beams: int = 1,
 ) -> list[Comparison]:
     """Transcribe clips in every way and compare.
 
     Args:
         transcriber: the loaded checkpoint.
         clips: at least one, none longer than the model takes.
-        batch_size: clips in a batch of `generate`, and slots of the engine.
+        batch_size: clips in a batch of `generate`, and that the engine runs together.
+        num_beams: of the search; 1 for greedy search.
 
     Returns:
         One comparison a way, the yardstick's own first.
@@ -105,31 +110,34 @@ def measure_parity(
             raise ValueError(
                 f"{clip.id}: longer than the {transcriber.max_audio_s:g} s that the model takes"
             )
-    yardstick = _generate(transcriber, clips, 1)
+    yardstick = _generate(transcriber, clips, 1, num_beams)
     ways: dict[str, Callable[[], list[Answer]]] = {
         GENERATE_ALONE: lambda: yardstick,
-        GENERATE_BATCHED: lambda: _generate(transcriber, clips, batch_size),
-        ENGINE_ALONE: lambda: _serve(transcriber, clips, 1),
-        ENGINE_BATCHED: lambda: _serve(transcriber, clips, batch_size),
+        GENERATE_BATCHED: lambda: _generate(transcriber, clips, batch_size, num_beams),
+        ENGINE_ALONE: lambda: _serve(transcriber, clips, 1, num_beams),
+        ENGINE_BATCHED: lambda: _serve(transcriber, clips, batch_size, num_beams),
     }
     return [_compare(name, clips, yardstick, transcribe()) for name, transcribe in ways.items()]
 
 
 def _generate(
-    transcriber: Transcriber, clips: Sequence[ParityClip], batch_size: int
+    transcriber: Transcriber, clips: Sequence[ParityClip], batch_size: int, num_beams: int
 ) -> list[Answer]:
     answers = []
     for start in range(0, len(clips), batch_size):
         batch = [clip.waveform for clip in clips[start : start + batch_size]]
         answers += [
             Answer(tuple(transcript.token_ids), transcript.text)
-            for transcript in transcriber.transcribe(batch).transcripts
+            for transcript in transcriber.transcribe(batch, num_beams=num_beams).transcripts
         ]
     return answers
 
 
-def _serve(transcriber: Transcriber, clips: Sequence[ParityClip], slots: int) -> list[Answer]:
+def _serve(
+    transcriber: Transcriber, clips: Sequence[ParityClip], batch_size: int, num_beams: int
+) -> list[Answer]:
     """Answers of an engine where a clip arrives at every iteration."""
+    slots, decoding = batch_size * num_beams, Decoding(num_beams=num_beams)
     core = EngineCore(
         SpeechRunner(transcriber, max_slots=slots),
         ScheduleLimits(slots),
@@ -141,7 +149,8 @@ def _serve(transcriber: Transcriber, clips: Sequence[ParityClip], slots: int) ->
         if arriving:
             key, clip = arriving.pop(0)
             duration_s = len(clip.waveform) / _SAMPLE_RATE_HZ
-            core.submit(key, EngineRequest(clip.id, clip.waveform, duration_s), arrived_s=0.0)
+            request = EngineRequest(clip.id, clip.waveform, duration_s, decoding=decoding)
+            core.submit(key, request, arrived_s=0.0)
         for key, answer in core.iterate().answers:
             if not isinstance(answer, EngineResult):
                 raise answer

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 if TYPE_CHECKING:
@@ -158,6 +158,14 @@ class Settings(BaseSettings):
         description="Memory for the keys and values of running clips, MiB; 0 takes 60 % of what "
         "the weights leave on CUDA, and at most 2048 on a CPU.",
     )
+    num_beams: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="Beams of the search for an answer whose request does not say, unless it is "
+        "streamed; 1 for none, which is fastest, 0 takes what the checkpoint's "
+        "generation_config.json says.",
+    )
     loop_guard: bool = Field(
         True,
         description="Decode a text that repeats itself again under a penalty, and cut it if that "
@@ -232,6 +240,14 @@ class Settings(BaseSettings):
     def _check_sizes(cls, value: str) -> str:
         if not all(size >= 1 for size in _sizes(value)):
             raise ValueError(f"sizes are at least 1, got {value!r}")
+        return value
+
+    @field_validator("num_beams")
+    @classmethod
+    def _check_beams(cls, value: int, info: ValidationInfo) -> int:
+        places = info.data.get("max_batch_size", value)
+        if value > places:
+            raise ValueError(f"every beam takes a place of --max-batch-size, which is {places}")
         return value
 
     @field_validator("cors_origins")

@@ -89,7 +89,7 @@ def noise(seconds, seed=0):
 
 def generate_alone(transcriber, waveform, **request):
     """Greedy token ids of transformers' `generate` for one clip in a batch of its own."""
-    return _generate(transcriber, waveform, {}, **request)[0][0]
+    return _generate(transcriber, waveform, {"num_beams": 1}, **request)[0][0]
 
 
 def search_alone(transcriber, waveform, num_beams, **request):

@@ -35,6 +35,10 @@ class SpeechTranscriber(Protocol):
     def device(self) -> torch.device:
         """Where it runs."""
 
+    @property
+    def num_beams(self) -> int:
+        """Of the search that its checkpoint asks for; 1 for none."""
+
     def transcribe(
         self,
         waveforms: Sequence[NDArray[np.float32]],

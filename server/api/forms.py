@@ -109,14 +109,19 @@ class TranscribeForm(BaseModel):
         examples=[0.0],
     )
     num_beams: int | None = Field(
-        None, ge=1, le=MAX_BEAMS, description="Of beam search; 1 for none.", examples=[1]
+        None,
+        ge=1,
+        le=MAX_BEAMS,
+        description="Of beam search; 1 for none. Unless said, the server's; none for a stream, and "
+        "when sampling.",
+        examples=[1],
     )
     n_best: int = Field(
         1,
         ge=1,
         le=MAX_BEAMS,
-        description="How many answers of the beam search to return (json); sets num_beams if that "
-        "is not given.",
+        description="How many answers of the beam search to return (json); the search has as many "
+        "beams at least, if num_beams is not given.",
         examples=[1],
     )
     logprobs: bool = Field(
@@ -177,7 +182,7 @@ class TranscribeForm(BaseModel):
             timestamps=timestamps,
             decoding=Decoding(
                 temperature=self.temperature,
-                num_beams=self.num_beams or self.n_best,
+                num_beams=self.num_beams or max(self.n_best, _usual_beams(self, capabilities)),
                 n_best=self.n_best,
                 # verbose_json tells the mean of them.
                 logprobs=self.logprobs or self.response_format == "verbose_json",
@@ -303,6 +308,7 @@ class OpenAIForm(BaseModel):
             timestamps=timestamps,
             decoding=Decoding(
                 temperature=self.temperature,
+                num_beams=_usual_beams(self, capabilities),
                 logprobs=self.logprobs or self.response_format == "verbose_json",
             ),
         )
@@ -395,6 +401,11 @@ def check_chunking(strategy: str | None) -> None:
             f"{', '.join(_VAD_FIELDS)} if need be",
             param="chunking_strategy",
         )
+
+
+def _usual_beams(form: TranscribeForm | OpenAIForm, capabilities: Capabilities) -> int:
+    """Beams of a request that does not say; neither a stream nor sampling goes with a search."""
+    return 1 if form.stream or form.temperature > 0 else capabilities.num_beams
 
 
 def _streams_json_only() -> InvalidRequestError:

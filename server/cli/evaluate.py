@@ -51,8 +51,13 @@ def evaluate(
         bool, typer.Option("--with-ctc", help="Also score the CTC head's greedy text.")
     ] = False,
     num_beams: Annotated[
-        int, typer.Option(min=1, help="Beams of a speech LLM's search; 1 is greedy search.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Beams of a speech LLM's search; 1 is greedy search.",
+            show_default="the checkpoint's generation_config.json",
+        ),
+    ] = None,
 ) -> None:
     """Transcribe a manifest and report word and character error rates."""
     # Imported here, as in all commands, so that --help does not wait for torch.
@@ -66,6 +71,7 @@ def evaluate(
         transcriber = load_transcriber(model, device, dtype)
     except (OSError, ValueError) as error:
         _fail(str(error), _BAD_USAGE)
+    num_beams = num_beams or transcriber.num_beams
     decoding = _transcribe_with_progress(
         transcriber,
         clips,

@@ -33,6 +33,15 @@ def parity(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many utterances.")
     ] = None,
+    num_beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=8,
+            help="Beams of the search; 1 is greedy search.",
+            show_default="the checkpoint's generation_config.json",
+        ),
+    ] = None,
     max_wer_delta: Annotated[
         float,
         typer.Option(min=0.0, help="Largest difference of the engine's word error rate."),
@@ -45,11 +54,13 @@ def parity(
 ) -> None:
     """Compare what is served with transformers' generate; 1 if they lie apart, 2 if unknown."""
     from model.transcription import Transcriber
+    from server.engine.decoding import MAX_BEAMS
     from server.parity import measure_parity
 
     clips = _read_clips(manifest, audio_root, limit)
     transcriber = Transcriber.from_pretrained(model, device, dtype)
-    comparisons = measure_parity(transcriber, clips, batch_size)
+    beams = num_beams or min(transcriber.num_beams, MAX_BEAMS)
+    comparisons = measure_parity(transcriber, clips, batch_size, beams)
     # The yardstick has nothing to differ from, and batches of generate are not what is served.
     apart = [
         each

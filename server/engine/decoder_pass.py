@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
 from server.engine.kv_slots import DecodeMasks
-from server.engine.packed_linear import PackedLinear
+from server.engine.packed_linear import PackedLinear, laid_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,7 +256,7 @@ def _is_llama_like(llm: PreTrainedModel) -> bool:
 
 def _concatenate(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weights and biases of several layers as one; theirs become parts of it."""
-    weight = torch.cat([each.weight.detach() for each in linears])
+    weight = laid_out(torch.cat([each.weight.detach() for each in linears]))
     biases = [each.bias.detach() for each in linears if each.bias is not None]
     start = 0
     for each in linears:

@@ -235,12 +235,14 @@ class Capabilities:
             `previous_text`.
         takes_prompt: whether it was trained with a question behind the audio, and may be asked
             another.
+        num_beams: of the search for an answer whose request does not say; 1 for none.
     """
 
     max_audio_s: float
     languages: tuple[str, ...] = ()
     context_templates: frozenset[str] = frozenset()
     takes_prompt: bool = True
+    num_beams: int = 1
 
 
 class Engine(Protocol):

@@ -33,7 +33,7 @@ from model.transcription import Transcriber, identify_language
 from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
 from server.engine.decode_step import HELD, NO_SOURCE, DecodeStep, RecordedStep, StepInputs
 from server.engine.decoder_pass import choose_pass
-from server.engine.decoding import GREEDY, Decoding, Token
+from server.engine.decoding import GREEDY, MAX_BEAMS, Decoding, Token
 from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
@@ -111,6 +111,7 @@ class SpeechRunner:
         make_pass: Callable[[PreTrainedModel], DecoderPass] = choose_pass,
         record: Callable[[Run], Run] | None = None,
         runs_ahead: bool | None = None,
+        num_beams: int | None = None,
     ) -> None:
         """Allocate the KV slots.
 
@@ -129,6 +130,8 @@ class SpeechRunner:
             runs_ahead: let steps be launched before the tokens of the last are known, so that the
                 host works beside the device; None does on a CUDA device. A CPU gains nothing, and
                 computes a token more for each answer that has ended meanwhile.
+            num_beams: of the search for an answer whose request does not say; None takes the
+                checkpoint's own. No more than there are slots.
 
         Raises:
             ValueError: the LLM is none that the engine can run, or not one slot fits.
@@ -160,6 +163,7 @@ class SpeechRunner:
             budget_bytes=kv_cache_bytes or _default_kv_bytes(self._device),
         )
         self._slots = KVSlots(plan, self._device)
+        self._num_beams = min(num_beams or transcriber.num_beams, plan.n_slots, MAX_BEAMS)
         if record is not None and decoder_pass.is_recordable:
             self._decode: DecodeStep = RecordedStep(self._embed, decoder_pass, self._slots, record)
         else:
@@ -195,6 +199,7 @@ class SpeechRunner:
         max_slots: int,
         kv_cache_bytes: int | None = None,
         cuda_graphs: bool = False,
+        num_beams: int | None = None,
     ) -> SpeechRunner:
         """Load a checkpoint.
 
@@ -204,7 +209,13 @@ class SpeechRunner:
         disable_progress_bar()  # a server's stderr is a log
         transcriber = Transcriber.from_pretrained(model, device, dtype)
         record = CudaGraphs() if cuda_graphs and transcriber.device.type == "cuda" else None
-        return cls(transcriber, max_slots=max_slots, kv_cache_bytes=kv_cache_bytes, record=record)
+        return cls(
+            transcriber,
+            max_slots=max_slots,
+            kv_cache_bytes=kv_cache_bytes,
+            record=record,
+            num_beams=num_beams,
+        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -215,6 +226,7 @@ class SpeechRunner:
             languages=tuple(self._config.languages or ()),
             context_templates=frozenset(self._processor.context_templates) - deaf,
             takes_prompt=bool(self._processor.prompt.strip()),
+            num_beams=self._num_beams,
         )
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:

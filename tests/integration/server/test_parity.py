@@ -1,6 +1,7 @@
 """`speechllm parity` on a small real model."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -30,6 +31,29 @@ def manifest(tmp_path_factory):
 
 def run(*arguments):
     return CliRunner().invoke(app, ["parity", "--device", "cpu", *map(str, arguments)])
+
+
+@pytest.fixture
+def searching(tiny_checkpoint, tmp_path):
+    """A checkpoint that wants beams."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "searching")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_beams": 3}))
+    return folder
+
+
+def test_what_is_compared_is_the_checkpoint_s_own_search(tiny_checkpoint, searching, manifest):
+    def measure(model, *arguments):
+        ended = run("--model", model, "--manifest", manifest, "--json", *arguments)
+        assert ended.exit_code == 0, ended.output
+        ways = json.loads(ended.stdout)["ways"]
+        engine = [way for way in ways if way["name"].startswith("engine")]
+        assert [way["differing"] for way in engine] == [[], []]
+        return engine[0]["wer"]
+
+    searched = measure(searching)
+    assert searched == measure(tiny_checkpoint, "--num-beams", 3)
+    assert measure(searching, "--num-beams", 1) == measure(tiny_checkpoint) != searched
 
 
 def test_the_engine_says_what_generate_says(tiny_checkpoint, manifest):

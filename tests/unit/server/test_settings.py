@@ -28,12 +28,20 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
         ("preferred_batch_sizes", "four"), ("nope", 1),
         ("cors_origins", "example.org"), ("cors_origins", "https://a.org/path"),
         ("key_max_concurrency", -1), ("key_audio_s_per_minute", -1),
+        ("num_beams", 9), ("num_beams", -1),
         ("device", "gpu"), ("device", "meta"), ("device", "cuda:"), ("device", "cuda:0 "),
     ],
 )  # fmt: skip
 def test_a_value_out_of_bounds_is_refused(name, value):
     with pytest.raises(ValidationError, match=name):
         Settings(**{name: value})
+
+
+def test_beams_have_to_fit_into_a_batch():
+    assert Settings(max_batch_size=4, num_beams=4).num_beams == 4
+    assert Settings(max_batch_size=1).num_beams == 0
+    with pytest.raises(SettingError, match=r"^--num-beams / .* --max-batch-size, which is 4"):
+        read_settings(max_batch_size=4, num_beams=5)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:11"])

@@ -20,6 +20,7 @@ class ScriptedTranscriber:
 
     max_audio_s = 30.0
     device = torch.device("cpu")
+    num_beams = 1
 
     def __init__(self, ctc_text=None):
         self.batches = []

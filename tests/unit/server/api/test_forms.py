@@ -52,6 +52,30 @@ def test_n_best_brings_as_many_beams():
     assert own(n_best="3").decoding.num_beams == 3
 
 
+@pytest.mark.parametrize(
+    ("fields", "beams"),
+    [
+        ({}, 4),
+        ({"num_beams": "1"}, 1),
+        ({"num_beams": "2"}, 2),
+        ({"n_best": "3"}, 4),
+        ({"n_best": "5"}, 5),
+        ({"response_format": "verbose_json"}, 4),
+        # A search can be neither streamed nor sampled.
+        ({"stream": "true"}, 1),
+        ({"temperature": "0.5"}, 1),
+        ({"progress": "true"}, 4),
+    ],
+)
+def test_what_does_not_say_is_searched_as_the_checkpoint_wants(fields, beams):
+    searching = Capabilities(30.0, num_beams=4)
+    asked = parse_form(TranscribeForm, fields.items()).options(searching)
+    assert asked.decoding.num_beams == beams
+    if fields.keys() <= OpenAIForm.model_fields.keys():
+        asked = parse_form(OpenAIForm, fields.items()).options(searching)
+        assert asked.decoding.num_beams == beams
+
+
 def test_times_are_wanted_where_an_answer_shows_them():
     assert not own().places_text
     assert not own(response_format="text").places_text

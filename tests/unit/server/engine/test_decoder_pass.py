@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from server.engine.decoder_pass import LlamaPass, ModelPass, choose_pass
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
-from server.engine.packed_linear import PackedLinear, pack_linear_layers
+from server.engine.packed_linear import PackedLinear, laid_out, pack_linear_layers
 from tests.speech_models import FAMILIES
 
 PROMPT_LENS = (7, 3, 5)
@@ -100,6 +100,38 @@ def test_layers_that_gain_nothing_stay_plain():
     llm = make_llm(FAMILIES["qwen2"])
     pack_linear_layers(llm)
     assert not any(isinstance(each, PackedLinear) for each in llm.modules())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "is_turned"),
+    [
+        ((1920, 384), torch.float32, True),
+        ((384, 960), torch.float32, True),
+        ((768, 768), torch.float32, False),  # not that narrow
+        ((4096, 512), torch.float32, False),  # 8 MiB
+        ((1920, 384), torch.bfloat16, False),
+    ],
+)
+def test_small_weights_are_turned_in_memory_and_stay_the_same(shape, dtype, is_turned):
+    weight = torch.randn(shape, dtype=dtype)
+    turned = laid_out(weight)
+    assert torch.equal(turned, weight)
+    assert turned.t().is_contiguous() == is_turned
+    assert turned.is_contiguous() != is_turned
+
+
+def test_weights_are_turned_in_the_llm_and_in_its_joined_products():
+    llm = make_llm(FAMILIES["qwen2"])
+    expected = run(llm, ModelPass(llm))
+    embeddings = llm.get_input_embeddings().weight
+    pack_linear_layers(llm)
+    assert llm.lm_head.weight.t().is_contiguous()
+    assert embeddings.is_contiguous()  # which the output layer shared
+    lean = choose_pass(llm)
+    attention = llm.model.layers[0].self_attn
+    assert attention.q_proj.weight.stride(0) == attention.k_proj.weight.stride(0) == 1
+    for decoder_pass in (ModelPass(llm), lean):
+        torch.testing.assert_close(run(llm, decoder_pass), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_llm_itself_works_on_and_shares_the_memory():

@@ -17,7 +17,7 @@ from tests.speech_models import generate_alone, noise
 
 pytest.importorskip("triton")
 
-from server.engine import fused_pass
+from server.engine import fused_pass, packed_linear
 from server.engine.fused_pass import FusedPass, can_fuse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +36,14 @@ LLMS = {
     "mistral, a sliding window": MistralConfig(**_SIZES, sliding_window=12),
 }
 PROMPT_LENS = (7, 40, 20)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_weights():
+    """As they lie on a CUDA device, for which the kernels are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_linear, "_MOST_TURNED_BYTES", 0)
+        yield
 
 
 def make_llm(name):

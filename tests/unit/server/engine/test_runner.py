@@ -441,6 +441,19 @@ def test_the_previous_text_stands_in_the_prompt_that_generate_is_given(listening
     assert driver.said[1].token_ids == said
 
 
+def test_a_checkpoint_says_how_it_is_searched_unless_the_server_does(tmp_path):
+    make_tiny_checkpoint(tmp_path)
+
+    def beams(wanted, *, slots=6, **options):
+        model = Transcriber.from_pretrained(tmp_path, device="cpu")
+        model.model.generation_config.num_beams = wanted
+        return SpeechRunner(model, max_slots=slots, **options).capabilities.num_beams
+
+    assert (beams(None), beams(1), beams(4)) == (1, 1, 4)
+    assert (beams(4, num_beams=1), beams(None, num_beams=2)) == (1, 2)
+    assert (beams(4, slots=3), beams(12, slots=16)) == (3, 8)
+
+
 def test_hotwords_need_a_ctc_head(tmp_path):
     make_tiny_checkpoint(tmp_path / "deaf", ctc="none")
     deaf = Transcriber.from_pretrained(tmp_path / "deaf", device="cpu")
