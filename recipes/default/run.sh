@@ -244,15 +244,29 @@ speechllm train connector --cache "$work/cache8" --cache "$work/cache8_wide" \
 python "$here/average.py" --model "$work/connector11" --towards "$work/connector12" --share 0.5 \
     --output "$work/connector"
 
+# Words that it has read, so that it does not spell others by ear, and beams to find them with.
+speechllm lexicon --model "$work/connector" --text "$text/english.txt" --text "$prepared/lm_text.txt" \
+    --text "$prepared/train.jsonl" --penalty 3
+python - "$work/connector" <<'EOF'
+import sys
+from transformers import GenerationConfig
+
+settings = GenerationConfig.from_pretrained(sys.argv[1])
+settings.num_beams = 4
+settings.save_pretrained(sys.argv[1])
+EOF
+
 # What the server loads: the product without the run's state.
 product=$here/../../weights/default
 mkdir -p "$product"
 cp -r "$work"/connector/{config,generation_config,processor_config,tokenizer,tokenizer_config}.json \
-    "$work"/connector/{connector.safetensors,chat_template.jinja,encoder,llm} "$product"
+    "$work"/connector/{connector.safetensors,lexicon.txt,chat_template.jinja,encoder,llm} "$product"
 
 for split in kathleen common_voice_en_dev fsdd fsdd_strings jfk synthetic_mn non_speech; do
-    speechllm evaluate --model "$product" --manifest "$prepared/test_$split.jsonl" --with-ctc \
-        --dtype fp32 --output "$work/evaluation/$split"
+    for beams in 1 4; do
+        speechllm evaluate --model "$product" --manifest "$prepared/test_$split.jsonl" --with-ctc \
+            --dtype fp32 --num-beams "$beams" --output "$work/evaluation-$beams/$split"
+    done
     speechllm evaluate --model "$work/whisper2" --manifest "$prepared/test_$split.jsonl" \
         --with-ctc --dtype fp32 --output "$work/evaluation-whisper/$split"
 done
