@@ -16,6 +16,7 @@ wanted and fit.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as hf_logging
 
 from model.configuration import SpeechLLMConfig
-from model.lexicon import Lexicon
+from model.lexicon import Lexicon, check_words
 from model.modeling import SpeechLLMForConditionalGeneration
 from model.processing import SpeechLLMProcessor
 from model.token_bytes import TokenBytes
@@ -344,14 +345,23 @@ def load_model(
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
     if (folder / _GENERATION_FILE).exists():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder / _GENERATION_FILE}: {error}") from error
+        model.generation_config = _load_generation_config(folder)
     if config.lexicon_penalty:
         model.lexicon = _load_lexicon(folder, config)
     model.to(device).eval()
     return model
+
+
+def _load_generation_config(folder: Path) -> GenerationConfig:
+    path = folder / _GENERATION_FILE
+    try:
+        settings = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    beams = settings.num_beams
+    if beams is not None and not (isinstance(beams, int) and beams >= 1):
+        raise CheckpointError(f"{path}: num_beams is {beams!r}, not a number from 1 on")
+    return settings
 
 
 def _load_lexicon(folder: Path, config: SpeechLLMConfig) -> Lexicon:
@@ -370,26 +380,27 @@ def write_lexicon(folder: Path, words: Iterable[str], penalty: float) -> None:
 
     Args:
         folder: of the checkpoint; its configuration notes the penalty.
-        words: see `model.lexicon.words_of`.
+        words: at least one; see `model.lexicon.words_of`.
         penalty: in nats; above 0.
 
     Raises:
         CheckpointError: the folder is no checkpoint, or it does not decode jointly.
-        ValueError: the penalty is out of range.
+        ValueError: the penalty is out of range, or what is no word is among the words.
     """
-    if not penalty > 0:
-        raise ValueError(f"the penalty must be above 0, not {penalty}")
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"the penalty must be above 0 and finite, not {penalty}")
+    checked = check_words(words)
     fields = load_config(folder).to_dict()
     try:
         config = SpeechLLMConfig.from_dict(fields | {"lexicon_penalty": penalty})
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    _write_words(folder, words)
+    _write_words(folder, checked)
     config.save_pretrained(folder)
 
 
-def _write_words(folder: Path, words: Iterable[str]) -> None:
-    lines = "".join(f"{word}\n" for word in sorted(set(words)))
+def _write_words(folder: Path, words: frozenset[str]) -> None:
+    lines = "".join(f"{word}\n" for word in sorted(words))
     (folder / _LEXICON_FILE).write_text(lines, encoding="utf-8")
 
 
@@ -499,6 +510,7 @@ def save_model(
     own = {n: t for n, t in state.items() if n.startswith(("connector.", "ctc_head."))}
     save_file({n: _stored(t, dtype) for n, t in own.items()}, folder / CONNECTOR_FILE)
     config.architectures = [type(model).__name__]
+    config.lexicon_penalty = model.lexicon.penalty if model.lexicon is not None else 0.0
     for nested in (config.encoder_config, config.llm_config):
         nested.name_or_path = ""  # else a path of the machine that trained it is published
     config.save_pretrained(folder)

@@ -289,7 +289,8 @@ def joint_scores(scores: Tensor, prefixes: Sequence[CTCPrefix]) -> Tensor:
 
     Args:
         scores: of the next tokens.
-        prefixes: R answers so far, of one head, with the same weight and the same end tokens.
+        prefixes: R answers so far, of one head, with the same weight and the same end tokens, and
+            all with lexicons of one penalty or none with one.
 
     Returns:
         (R, V) float32; what the LLM excludes stays excluded.
@@ -307,18 +308,18 @@ def joint_scores(scores: Tensor, prefixes: Sequence[CTCPrefix]) -> Tensor:
         jointly[:, head.token_ids] += (heard - best) * weight
     jointly[:, clip.stop_ids] = alone[:, clip.stop_ids] + ends[:, None] * weight
     if clip.lexicon is not None:
-        jointly -= _lexicon_penalties(prefixes).to(jointly.device)
+        jointly -= _outside(prefixes).to(jointly.device) * clip.lexicon.penalty
     return jointly
 
 
-def _lexicon_penalties(prefixes: Sequence[CTCPrefix]) -> Tensor:
-    """What the next tokens (R, V) cost behind each answer, all of clips with lexicons."""
+def _outside(prefixes: Sequence[CTCPrefix]) -> Tensor:
+    """Which next tokens (R, V) bring a word outside, behind answers to clips with lexicons."""
     lexicons = [cast("Lexicon", prefix.clip.lexicon) for prefix in prefixes]
-    pairs = list(zip(lexicons, (prefix.spelling for prefix in prefixes), strict=True))
-    penalties = np.stack([lexicon.penalties(spelling) for lexicon, spelling in pairs])
-    ends = np.array([lexicon.end_penalty(spelling) for lexicon, spelling in pairs])
-    penalties[:, prefixes[0].clip.stop_ids] = ends[:, None]
-    return torch.from_numpy(penalties)
+    places = list(zip(lexicons, (prefix.spelling for prefix in prefixes), strict=True))
+    outside = np.stack([lexicon.brings_outside(spelling) for lexicon, spelling in places])
+    ends = np.array([lexicon.ends_outside(spelling) for lexicon, spelling in places])
+    outside[:, prefixes[0].clip.stop_ids] = ends[:, None]
+    return torch.from_numpy(outside)
 
 
 class JointDecoding(LogitsProcessor):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import codecs
 import unicodedata
 from copy import copy
-from functools import cache, lru_cache
+from functools import cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_CACHED_BYTES = 1 << 25  # for what follows where; the rest is worked out again
+_CACHED_BYTES = 1 << 25  # for what follows where; beyond, it is worked out again
+_KEPT_STEPS = 1 << 14
+_KEPT_EXTENSIONS = 8  # by words of requests
 
 
 class Spelling(NamedTuple):
@@ -62,12 +64,7 @@ class Lexicon:
         Raises:
             ValueError: there are no words, or one of them is not a single word in lower case.
         """
-        self.words = frozenset(words)
-        if not self.words:
-            raise ValueError("a lexicon needs a word")
-        for word in self.words:
-            if list(words_of(word)) != [word]:
-                raise ValueError(f"{word!r} is not a word in lower case letters")
+        self.words = check_words(words)
         self.penalty = penalty
         self._next = _next_letters(self.words)
         # What a request's own words add.
@@ -75,7 +72,8 @@ class Lexicon:
         self._own_next: dict[str, str] = {}
         self._tokens = tokens
         self._lay_out()
-        self._remember()
+        self._forget(_CACHED_BYTES)
+        self._extended: dict[tuple[str, ...], Lexicon] = {}
 
     def _lay_out(self) -> None:
         """Sort the tokens by the letters with which they go on with a word."""
@@ -101,15 +99,28 @@ class Lexicon:
             if token and token[0] & 0xC0 == 0x80:  # noqa: PLR2004 - UTF-8's continuation bytes
                 self._continuing.append(index)
         self._heads_next = _next_letters(self._heads)
+        self._is_empty = np.array([not token for token in self._tokens])
 
-    def _remember(self) -> None:
-        size = max(64, _CACHED_BYTES // len(self._tokens))
-        self._outside = lru_cache(size)(self._find_outside)
-        self.read = lru_cache(1 << 14)(self._read_token)
+    def _forget(self, cached_bytes: int) -> None:
+        """Begin to remember anew what follows where, within so many bytes."""
+        self._most_places = max(16, cached_bytes // len(self._tokens))
+        self._places: dict[Spelling, NDArray[np.bool_]] = {}
+        self._steps: dict[tuple[Spelling, int], Spelling] = {}
 
     def with_words(self, text: Iterable[str]) -> Lexicon:
-        """This lexicon with the words of some texts, a request's hotwords for instance."""
-        words = self._own_words.union(word for each in text for word in words_of(each))
+        """This lexicon with the words of some texts, a request's hotwords for instance.
+
+        A token that holds such a word whole, between others, costs what it did.
+        """
+        key = tuple(text)
+        if key not in self._extended:
+            if len(self._extended) == _KEPT_EXTENSIONS:
+                self._extended.clear()
+            self._extended[key] = self._extend(key)
+        return self._extended[key]
+
+    def _extend(self, texts: Sequence[str]) -> Lexicon:
+        words = self._own_words.union(word for text in texts for word in words_of(text))
         if words <= self.words:
             return self
         more = copy(self)
@@ -118,22 +129,31 @@ class Lexicon:
         more._errs = self._errs.copy()
         for tail in more._own_next.keys() & self._unknown_tails.keys():
             more._errs[self._unknown_tails[tail]] = False
-        more._remember()
+        more._forget(_CACHED_BYTES // _KEPT_EXTENSIONS)
+        more._extended = {}
         return more
 
-    def penalties(self, spelling: Spelling) -> NDArray[np.float32]:
-        """What each next token costs (V,), behind an answer that stands there."""
-        return self._outside(spelling) * np.float32(self.penalty)
+    def brings_outside(self, spelling: Spelling) -> NDArray[np.bool_]:
+        """Which next tokens (V,) bring a word outside, behind an answer that stands there."""
+        if spelling not in self._places:
+            if len(self._places) >= self._most_places:
+                self._places.clear()
+            self._places[spelling] = self._find_outside(spelling)
+        return self._places[spelling]
 
-    def end_penalty(self, spelling: Spelling) -> float:
-        """What it costs to end an answer there."""
-        is_whole = not spelling.letters or self._is_word(spelling.letters)
-        return 0.0 if is_whole else self.penalty
+    def ends_outside(self, spelling: Spelling) -> bool:
+        """Whether an answer that ends there ends within a word."""
+        return bool(spelling.letters) and not self._is_word(spelling.letters or "")
 
-    def _read_token(self, spelling: Spelling, token_id: int) -> Spelling:
+    def read(self, spelling: Spelling, token_id: int) -> Spelling:
         """Where an answer stands with one more token."""
-        token = self._tokens[token_id] if token_id < len(self._tokens) else b""
-        return self._read(spelling, token)[0]
+        key = (spelling, token_id)
+        if key not in self._steps:
+            if len(self._steps) >= _KEPT_STEPS:
+                self._steps.clear()
+            token = self._tokens[token_id] if token_id < len(self._tokens) else b""
+            self._steps[key] = self._read(spelling, token)[0]
+        return self._steps[key]
 
     def _read(self, spelling: Spelling, token: bytes) -> tuple[Spelling, bool]:
         """Where an answer stands with more bytes, and whether a word of them is outside."""
@@ -150,7 +170,6 @@ class Lexicon:
         return Spelling(letters, rest), is_outside
 
     def _find_outside(self, spelling: Spelling) -> NDArray[np.bool_]:
-        """Which tokens (V,) bring a word outside the lexicon."""
         letters = spelling.letters
         if spelling.rest:
             return self._find_outside_within(spelling)
@@ -173,8 +192,9 @@ class Lexicon:
         return outside
 
     def _find_outside_within(self, spelling: Spelling) -> NDArray[np.bool_]:
-        """The same within a character; tokens that do not go on with it spell nothing."""
-        outside = np.zeros(len(self._tokens), dtype=bool)
+        """The same within a character; a token that does not go on with it ends the word."""
+        outside = self.brings_outside(BEGIN) | self.ends_outside(spelling)
+        outside[self._is_empty] = False
         for index in self._continuing:
             outside[index] = self._read(spelling, self._tokens[index])[1]
         return outside
@@ -186,10 +206,27 @@ class Lexicon:
         return letters in self._next or letters in self._own_next
 
 
+def check_words(words: Iterable[str]) -> frozenset[str]:
+    """The words of a lexicon.
+
+    Raises:
+        ValueError: there are none, or one of them is not a single word in lower case.
+    """
+    checked = frozenset(words)
+    if not checked:
+        raise ValueError("a lexicon needs a word")
+    for word in checked:
+        if not word or _lower(word) != word or not all(map(_is_letter, word)):
+            raise ValueError(f"{word!r} is not a word in lower case letters")
+    return checked
+
+
 def words_of(text: str) -> Iterator[str]:
     """The words of a text in order: runs of letters, NFC, in lower case."""
     word = ""
-    for character in _lower(unicodedata.normalize("NFC", text)) + " ":
+    # Some letters with a mark are one character in lower case only.
+    lower = unicodedata.normalize("NFC", _lower(unicodedata.normalize("NFC", text)))
+    for character in lower + " ":
         if _is_letter(character):
             word += character
         elif word:

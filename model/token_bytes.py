@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+_SPACE = "\u2581"
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
 class TokenBytes:
     """Maps the token ids of one tokenizer to bytes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Find out whether its tokens are spelt in bytes."""
+        """Find out how its tokens are spelt."""
         self._tokenizer = tokenizer
         self._special_ids = frozenset(tokenizer.all_special_ids)
         decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
-        steps = decoder.get("decoders", [decoder])
-        is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
-        self._bytes = _byte_alphabet() if is_byte_level else None
+        steps = {step.get("type"): step for step in decoder.get("decoders", [decoder])}
+        self._bytes = _byte_alphabet() if "ByteLevel" in steps else None
+        # SentencePiece writes a space as a mark, which a decoder drops where it stands alone.
+        self._space = _SPACE if _SPACE in json.dumps(decoder, ensure_ascii=False) else None
+        self._falls_back = "ByteFallback" in steps
 
     def __call__(self, token_id: int) -> bytes:
         """Return a token's bytes, UTF-8 when put together.
@@ -31,6 +38,10 @@ class TokenBytes:
             return b""
         if self._bytes is not None and all(letter in self._bytes for letter in piece):
             return bytes(self._bytes[letter] for letter in piece)
+        if self._falls_back and (byte := _BYTE_PIECE.fullmatch(piece)):
+            return bytes([int(byte[1], 16)])
+        if self._space is not None:
+            return piece.replace(self._space, " ").encode()
         return str(self._tokenizer.decode([token_id])).encode()
 
 

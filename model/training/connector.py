@@ -437,6 +437,8 @@ class ConnectorStage:
         if weight and self.model.ctc_head is None:
             raise ValueError("ctc_decoding_weight needs a CTC head, and the model has none")
         self.model.config.ctc_decoding_weight = weight
+        if not weight:  # nor does a lexicon count then
+            self.model.lexicon = None
 
     def _use_context(self) -> None:
         """Have the checkpoint say what it learns to read before the audio."""

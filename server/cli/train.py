@@ -95,6 +95,9 @@ def loop_config(
     max_steps: Annotated[
         int | None, _option(min=1, help="Stop after so many steps; resumable.")
     ] = None,
+    log_every_steps: Annotated[
+        int, _option(min=1, help="Optimiser steps between lines of metrics.jsonl.")
+    ] = 10,
     save_every_s: Annotated[float, _option(help="Seconds between states on disk.")] = 300.0,
     tensorboard: Annotated[bool, _option(help="Also log for TensorBoard.")] = False,
 ) -> "LoopConfig":
@@ -104,7 +107,8 @@ def loop_config(
     return LoopConfig(
         epochs=epochs, learning_rate=learning_rate, warmup_steps=warmup_steps,
         weight_decay=weight_decay, grad_accumulation=grad_accumulation, precision=precision,
-        seed=seed, max_steps=max_steps, save_every_s=save_every_s, tensorboard=tensorboard,
+        seed=seed, max_steps=max_steps, log_every_steps=log_every_steps,
+        save_every_s=save_every_s, tensorboard=tensorboard,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ the same result.
 
 fp32 is multiplied as it lies. But MKL multiplies 4 to 32 rows by a small matrix up to seven times
 as fast where each row of it holds the weights of one input, not those of one output as torch has
-it; by a large matrix it does not.
+it; by a large matrix it does not. (Measured on an Intel server CPU; see benchmarks/NOTES.md.)
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def gains_from_packing(weight: Tensor) -> bool:
 
 def laid_out(weight: Tensor) -> Tensor:
     """The same weight (out, in) as it is multiplied fastest: turned in memory, or as it is."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    is_fp32 = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not (is_fp32 and torch.backends.mkl.is_available()):
         return weight
     if weight.nbytes > _MOST_TURNED_BYTES or min(weight.shape) > _WIDEST_TURNED:
         return weight
@@ -67,7 +68,7 @@ def pack_linear_layers(module: nn.Module) -> None:
     """Replace the linear layers of a module by packed ones, or turn their weights, if it pays.
 
     Plain weights are let go one after another, but for those that others share, as an output layer
-    may with the embeddings.
+    may with the embeddings: it then has a copy of its own.
     """
     # No list of the linear layers themselves: it would keep their weights to the end.
     parents = [each for each in module.modules() if type(each) is not nn.Linear]
@@ -78,5 +79,5 @@ def pack_linear_layers(module: nn.Module) -> None:
                 continue
             if gains_from_packing(child.weight):
                 setattr(parent, name, PackedLinear(child))
-            else:
-                child.weight = nn.Parameter(laid_out(child.weight.detach()), requires_grad=False)
+            elif (turned := laid_out(child.weight)) is not child.weight:
+                child.weight = nn.Parameter(turned, requires_grad=False)

@@ -163,7 +163,13 @@ class SpeechRunner:
             budget_bytes=kv_cache_bytes or _default_kv_bytes(self._device),
         )
         self._slots = KVSlots(plan, self._device)
-        self._num_beams = min(num_beams or transcriber.num_beams, plan.n_slots, MAX_BEAMS)
+        wanted = num_beams or transcriber.num_beams
+        self._num_beams = min(wanted, plan.n_slots, MAX_BEAMS)
+        if self._num_beams < wanted:
+            _log.warning(
+                "fewer beams than asked for: each takes a slot",
+                extra=structured(beams=self._num_beams, asked_for=wanted, slots=plan.n_slots),
+            )
         if record is not None and decoder_pass.is_recordable:
             self._decode: DecodeStep = RecordedStep(self._embed, decoder_pass, self._slots, record)
         else:

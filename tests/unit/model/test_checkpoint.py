@@ -469,6 +469,22 @@ def test_a_lexicon_is_loaded_and_saved(spelling: Path, tmp_path: Path) -> None:
     assert (again.words, again.penalty) == ({"two"}, 1.0)
 
 
+def test_a_model_that_lost_its_lexicon_is_saved_without_a_penalty(
+    spelling: Path, tmp_path: Path
+) -> None:
+    model = load_model(spelling)
+    model.lexicon = None
+    save_model(model, tmp_path / "again")
+    assert load_model(tmp_path / "again").lexicon is None
+
+
+@pytest.mark.parametrize("beams", [-1, 0, "4", 2.5])
+def test_beams_that_cannot_be_are_refused(folder: Path, beams: object) -> None:
+    edit_json(folder / "generation_config.json", num_beams=beams)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: .*"):
+        load_model(folder)
+
+
 def test_a_lexicon_without_a_penalty_is_not_read(spelling: Path) -> None:
     edit_json(spelling / "config.json", lexicon_penalty=0.0)
     (spelling / "lexicon.txt").unlink()
@@ -497,7 +513,15 @@ def test_a_lexicon_needs_joint_decoding_and_a_penalty(folder: Path) -> None:
     before = (folder / "config.json").read_text()
     with pytest.raises(CheckpointError, match="ctc_decoding_weight is 0"):
         write_lexicon(folder, ["one"], 2.0)
-    with pytest.raises(ValueError, match="above 0"):
-        write_lexicon(folder, ["one"], 0.0)
+    edit_json(folder / "config.json", ctc_decoding_weight=0.3)
+    before = (folder / "config.json").read_text()
+    for words, penalty, reason in [
+        (["one"], 0.0, "above 0"),
+        (["one"], float("inf"), "finite"),
+        ([], 2.0, "needs a word"),
+        (["One"], 2.0, "is not a word"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            write_lexicon(folder, words, penalty)
     assert (folder / "config.json").read_text() == before
     assert not (folder / "lexicon.txt").exists()

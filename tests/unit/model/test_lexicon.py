@@ -4,7 +4,7 @@ import codecs
 import unicodedata
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model.lexicon import BEGIN, Lexicon, Spelling, words_of
@@ -16,11 +16,12 @@ TOKENS = [
     *(text.encode() for text in [" a", " ab", " B", " й", "a'", "b a", " x", ". A", "b ", " b ab"]),
     *(b"\xd0", b"\xd1", b"\xb0", b"\xb9", b"\x91", b" \xd0", b"a\xd1", b"\xb9a", b"\xb6 b", b""),
 ]
-PENALTY = 2.5
 
 
 def text_of(tokens: list[int]) -> str:
-    return b"".join(TOKENS[index] for index in tokens).decode(errors="ignore")
+    """What the tokens write, without the rest of a character that is not whole yet."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(b"".join(TOKENS[index] for index in tokens))
 
 
 def count_outside(text: str, words: list[str]) -> int:
@@ -30,15 +31,6 @@ def count_outside(text: str, words: list[str]) -> int:
     ).split(" ")
     outside = [word for word in whole if word and word not in words]
     return len(outside) + all(not word.startswith(last) for word in words)
-
-
-def is_text(tokens: list[int]) -> bool:
-    """Whether the tokens write characters, but perhaps for the rest of the last one."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(b"".join(TOKENS[index] for index in tokens))
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def read(lexicon: Lexicon, tokens: list[int]) -> Spelling:
@@ -52,35 +44,35 @@ answers = st.lists(st.integers(0, len(TOKENS) - 1), max_size=12)
 
 
 @given(answers, st.sets(st.sampled_from(WORDS), min_size=1), st.lists(st.sampled_from(WORDS)))
-def test_a_token_costs_what_brings_a_word_outside(
+def test_a_token_brings_a_word_outside_where_the_text_has_one_more(
     answer: list[int], words: set[str], own: list[str]
 ) -> None:
-    assume(is_text(answer))
-    lexicon = Lexicon(words, PENALTY, TOKENS).with_words(own)
+    lexicon = Lexicon(words, 2.5, TOKENS).with_words(own)
     spelling = read(lexicon, answer)
     known = [*words, *own]
     before = count_outside(text_of(answer), known)
-    penalties = lexicon.penalties(spelling).tolist()
-    for index, penalty in enumerate(penalties):
-        if is_text([*answer, index]):
-            brings = count_outside(text_of([*answer, index]), known) > before
-            assert penalty == PENALTY * brings, TOKENS[index]
-    ended = count_outside(text_of(answer) + " ", known) > before
-    assert lexicon.end_penalty(spelling) == PENALTY * ended
+    outside = lexicon.brings_outside(spelling).tolist()
+    for index, is_outside in enumerate(outside):
+        brings = count_outside(text_of([*answer, index]), known) > before
+        assert is_outside == brings, TOKENS[index]
+    assert lexicon.ends_outside(spelling) == (count_outside(text_of(answer) + " ", known) > before)
 
 
 def test_a_request_s_own_words_are_its_own() -> None:
-    lexicon = Lexicon(["ab"], PENALTY, TOKENS)
+    lexicon = Lexicon(["ab"], 2.5, TOKENS)
     more = lexicon.with_words(["Bab, ёж!", "ab"])
     b, bab = TOKENS.index(b"b"), TOKENS.index(b"bab")
-    assert (lexicon.penalties(BEGIN)[bab], more.penalties(BEGIN)[bab]) == (PENALTY, 0)
+    assert lexicon.brings_outside(BEGIN)[bab]
+    assert not more.brings_outside(BEGIN)[bab]
     assert (lexicon.read(BEGIN, b).letters, more.read(BEGIN, b).letters) == (None, "b")
     assert more.words == lexicon.words
     assert lexicon.with_words(["AB"]) is lexicon
+    for number in range(20):  # many requests, each with its own
+        assert lexicon.with_words([f"{'b' * number}"]).words == lexicon.words
 
 
 def test_ids_beyond_the_tokens_say_nothing() -> None:
-    lexicon = Lexicon(["ab"], PENALTY, TOKENS)
+    lexicon = Lexicon(["ab"], 2.5, TOKENS)
     spelling = lexicon.read(BEGIN, TOKENS.index(b"a"))
     assert lexicon.read(spelling, len(TOKENS) + 5) == spelling
 
@@ -92,11 +84,14 @@ def test_ids_beyond_the_tokens_say_nothing() -> None:
         ("Тэр Й ёлка; ӨНДӨР", ["тэр", "й", "ёлка", "өндөр"]),
         ("и\u0306", ["й"]),  # NFC
         ("co\u0332op", ["co\u0332op"]),  # a mark that no letter holds
+        ("H\u0331ayya", ["\u1e96ayya"]),  # one character in lower case only
         ("12 + …", []),
     ],
 )
 def test_words_are_runs_of_letters(text: str, words: list[str]) -> None:
     assert list(words_of(text)) == words
+    if words:
+        assert Lexicon(words, 2.5, TOKENS).words == set(words)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +100,4 @@ def test_words_are_runs_of_letters(text: str, words: list[str]) -> None:
 )
 def test_what_is_no_lexicon_is_refused(words: list[str], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        Lexicon(words, PENALTY, TOKENS)
+        Lexicon(words, 2.5, TOKENS)

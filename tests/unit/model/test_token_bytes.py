@@ -1,7 +1,7 @@
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from model.token_bytes import TokenBytes
@@ -40,3 +40,28 @@ def test_another_kind_of_tokenizer_tells_its_text():
     words = Tokenizer(models.WordLevel({"hello": 0}, "hello"))
     words.decoder = decoders.Fuse()
     assert TokenBytes(PreTrainedTokenizerFast(tokenizer_object=words))(0) == b"hello"
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.Metaspace(),
+        decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        ),
+    ],
+)
+def test_spaces_and_bytes_of_sentencepiece_are_kept(decoder):
+    """Llama's and Gemma's kind of tokenizer, whose decoder drops a space that stands first."""
+    pieces = ["<unk>", "▁where", "▁did", "ever", "▁", "<0xD0>", "<0xB9>"]
+    spelt = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    spelt.pre_tokenizer, spelt.decoder = pre_tokenizers.Metaspace(), decoder
+    token_bytes = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=spelt))
+    assert [token_bytes(i) for i in range(1, 5)] == [b" where", b" did", b"ever", b" "]
+    if not isinstance(decoder, decoders.Metaspace):
+        assert token_bytes(5) + token_bytes(6) == "й".encode()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_model, load_processor
+from model.lexicon import Lexicon
 from model.training.caching import CachingConfig, write_cache
 from model.training.connector import ConnectorStage, ConnectorStageConfig, LoraSettings
 from model.training.feature_cache import FeatureCache, fingerprint, merge_clips
@@ -234,6 +235,11 @@ def test_the_checkpoint_keeps_how_much_its_ctc_head_counts(fresh_model, utteranc
     joint = fresh_model(ctc_decoding_weight=0.8)
     kept = ConnectorStage(*joint, ConnectorStageConfig(), utterances, [], 0)
     assert kept.model.config.ctc_decoding_weight == pytest.approx(0.8)
+    model, processor = fresh_model(ctc_decoding_weight=0.8, lexicon_penalty=2.0)
+    model.lexicon = Lexicon(["zero"], 2.0, [b"zero"])
+    alone = ConnectorStageConfig(ctc_decoding_weight=0.0)
+    ConnectorStage(model, processor, alone, utterances, [], 0).save(tmp_path / "alone")
+    assert load_model(tmp_path / "alone").lexicon is None  # which only counts jointly
     with pytest.raises(ValueError, match="the model has none"):
         ConnectorStage(
             *fresh_model(ctc="none"),
