@@ -72,7 +72,7 @@ def convert_whisper(source: Path, target: Path, dtype: str, threads: int) -> Whi
         threads: that it computes with; 0 for all cores.
     """
     from ctranslate2.converters import TransformersConverter  # noqa: PLC0415 - optional
-    from faster_whisper import WhisperModel  # noqa: PLC0415
+    from faster_whisper import WhisperModel  # noqa: PLC0415 - optional
 
     names = {"fp32": "float32", "bf16": "bfloat16"}
     copied = ["tokenizer.json", "preprocessor_config.json"]

@@ -75,7 +75,7 @@ def prepare_tokenizer(source: str) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(source)
     vocabulary = tokenizer.get_vocab()
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        if "<|im_end|>" in vocabulary and tokenizer.eos_token != "<|im_end|>":  # noqa: S105
+        if "<|im_end|>" in vocabulary and tokenizer.eos_token != "<|im_end|>":  # noqa: S105 - a token, not a password
             tokenizer.eos_token = "<|im_end|>"  # noqa: S105 - Qwen's base models end with pad
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})

@@ -184,7 +184,7 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], ori
 
 def _refuse(faults: list[str], origin: str) -> None:
     if faults:
-        more = f" and {len(faults) - 5} more faults" if len(faults) > 5 else ""  # noqa: PLR2004
+        more = f" and {len(faults) - 5} more faults" if len(faults) > 5 else ""  # noqa: PLR2004 - as many as a line holds
         raise CheckpointError(f"{origin}: {'; '.join(faults[:5])}{more}")
 
 
@@ -259,7 +259,7 @@ def load_whole(
     folder: Path,
     dtype: torch.dtype | None = None,
     config: PreTrainedConfig | None = None,
-) -> Any:  # noqa: ANN401
+) -> Any:  # noqa: ANN401 - of the class that is given
     """Load a transformers model, whole or sharded.
 
     Args:
@@ -418,8 +418,8 @@ def _find_part(config: SpeechLLMConfig, part: Literal["encoder", "llm"], folder:
 
 def _load_lora(llm: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
     # Imported here: only checkpoints with an adapter need it.
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415
-    from peft.utils import get_peft_model_state_dict  # noqa: PLC0415
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict  # noqa: PLC0415 - see above
+    from peft.utils import get_peft_model_state_dict  # noqa: PLC0415 - see above
 
     refuse_pickles(folder)
     file = folder / "adapter_model.safetensors"

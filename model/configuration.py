@@ -129,7 +129,7 @@ class SpeechLLMConfig(PreTrainedConfig):
         if self.lexicon_penalty and not self.ctc_decoding_weight:
             raise ValueError("lexicon_penalty is of joint decoding, and ctc_decoding_weight is 0")
 
-    def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:  # noqa: ANN401
+    def get_text_config(self, *_args: Any, **_kwargs: Any) -> PreTrainedConfig:  # noqa: ANN401 - transformers' signature
         """The LLM's configuration, from which transformers sizes caches and vocabularies."""
         return self.llm_config
 

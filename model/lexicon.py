@@ -9,8 +9,8 @@ A word is a run of letters and their marks, in lower case; all else parts words.
 
 Axis legend: V vocabulary.
 
-Source of the idea: the unknown-word score of lexicon decoders, Collobert et al. 2016,
-"Wav2Letter", arXiv 1609.03193, section 2.3. Here the lexicon is soft, and read by the LLM's tokens.
+Source of the idea: the score of unknown words in Flashlight's lexicon decoder (Kahn et al. 2022,
+arXiv 2201.12465). Here the lexicon is soft, and read by the LLM's tokens. Own code.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401 - transformers' own options
     ) -> SpeechLLMForConditionalGeneration:
         """Load a checkpoint folder or hub id; see `model.checkpoint.load_model`."""
         from model.checkpoint import load_model  # noqa: PLC0415 - it imports this module
@@ -146,7 +146,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kwargs.pop(name)
         return load_model(pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ANN401
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ANN401 - transformers' own options
         """Write the checkpoint folder; see `model.checkpoint.save_model`."""
         from model.checkpoint import save_model  # noqa: PLC0415 - it imports this module
 
@@ -237,7 +237,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401 - transformers' own options
     ) -> SpeechLLMOutput:
         """Run the LLM over a sequence whose audio positions hold audio embeddings.
 
@@ -335,7 +335,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         *,
         logits_processor: LogitsProcessorList | None = None,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401 - transformers' own options
     ) -> Any:  # noqa: ANN401 - tensors or an output object, as in transformers
         """Generate as transformers does, jointly with the CTC head where the configuration says so.
 
@@ -370,7 +370,7 @@ class SpeechLLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         is_first_iteration: bool = False,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401 - transformers' own options
     ) -> dict[str, Any]:
         """Give the audio to the first step only; later ones read it from the cache."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(

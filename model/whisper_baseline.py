@@ -70,7 +70,7 @@ def masked_cross_attention(whisper: Whisper, frame_mask: Tensor) -> Iterator[Non
             ~mask, lowest
         )
 
-    def add_mask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def add_mask(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401 - torch's signature of a hook
         return args, {**kwargs, "attention_mask": mask}
 
     handles = [

@@ -66,7 +66,7 @@ def _check_checkpoint(config: Path) -> None:
 
 def _check_cuda(device: str) -> None:
     # Imported for who asks for CUDA by name only: meanwhile not even health checks are answered.
-    import torch  # noqa: PLC0415
+    import torch  # noqa: PLC0415 - takes seconds, and is needed for CUDA alone
 
     count, index = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
     if index >= count:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 PAD_TOKEN = "<|endoftext|>"  # noqa: S105 - a vocabulary entry, as in Qwen2.5
 TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
-AUDIO_TOKEN = "<|audio|>"  # noqa: S105
+AUDIO_TOKEN = "<|audio|>"  # noqa: S105 - a token, not a password
 SPECIAL_TOKENS = (PAD_TOKEN, TURN_START, TURN_END, AUDIO_TOKEN)
 
 # Words keep their leading space; digits stand alone; punctuation is split from words.

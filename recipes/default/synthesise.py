@@ -157,7 +157,7 @@ def english_voice(rng: random.Random) -> Voice:
     share = rng.random()
     if 0.62 <= share < 0.88:  # noqa: PLR2004 - the shares above
         return espeak_voice(rng.choice(ENGLISH_VOICES), TRAINING_VARIANTS, rng)
-    if share < 0.62:  # noqa: PLR2004
+    if share < 0.62:  # noqa: PLR2004 - likewise
         name, stretch = rng.choice(("rms", "awb", "slt", "slt")), rng.uniform(0.8, 1.25)
     else:
         name, stretch = rng.choice(("kal16", "kal")), rng.uniform(0.85, 1.2)
@@ -247,7 +247,7 @@ def _synthesise(text: str, voice: Voice, path: Path) -> np.ndarray | None:
     else:
         command = ["espeak-ng", "-v", voice.name, *voice.options, "-w", str(raw), text]
     try:
-        subprocess.run(command, check=True, capture_output=True, timeout=60)  # noqa: S603
+        subprocess.run(command, check=True, capture_output=True, timeout=60)  # noqa: S603 - commands of this file
         waveform, rate_hz = soundfile.read(raw, dtype="float32")
     except (subprocess.SubprocessError, soundfile.SoundFileError):
         return None

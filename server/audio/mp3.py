@@ -130,11 +130,11 @@ def _parse(header: bytes) -> Frame | None:
         return None
     if bitrate_index in {0, 15} or rate_index == 3:  # noqa: PLR2004 - free format; reserved
         return None
-    mpeg1 = version == 3  # noqa: PLR2004
+    mpeg1 = version == 3  # noqa: PLR2004 - codes of the header's fields
     rate_hz = _RATES_HZ[version][rate_index]
     samples = 1152 if mpeg1 else 576
     size = samples // 8 * _BITRATES[mpeg1][bitrate_index] * 1000 // rate_hz + (word >> 9 & 1)
-    mono = word >> 6 & 3 == 3  # noqa: PLR2004
+    mono = word >> 6 & 3 == 3  # noqa: PLR2004 - codes of the header's fields
     side_info = {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}
     return Frame(rate_hz, 1 if mono else 2, samples, size, side_info[mpeg1, mono])
 

@@ -216,7 +216,7 @@ def _webm_duration_s(data: bytes, start: int, stop: int, looked_at: Iterator[int
         if element == _EBML_TIMESTAMP_SCALE and len(value) <= _MAX_NUMBER_BYTES:
             scale_ns = int.from_bytes(value, "big")
         elif element == _EBML_DURATION and len(value) in {4, 8}:
-            (duration,) = struct.unpack(">f" if len(value) == 4 else ">d", value)  # noqa: PLR2004
+            (duration,) = struct.unpack(">f" if len(value) == 4 else ">d", value)  # noqa: PLR2004 - sizes and masks of the format
     duration_s = duration * scale_ns / 1e9
     return duration_s if math.isfinite(duration_s) and duration_s > 0 else None
 
@@ -247,10 +247,10 @@ def _elements(
 def _is_adts(data: bytes, start: int) -> bool:
     """Two AAC frames in a row, the second where the first says that it ends."""
     header = data[start : start + 7]
-    if len(header) < 7 or header[0] != 0xFF or header[1] & 0xF6 != 0xF0:  # noqa: PLR2004
+    if len(header) < 7 or header[0] != 0xFF or header[1] & 0xF6 != 0xF0:  # noqa: PLR2004 - sizes and masks of the format
         return False
     second = start + (int.from_bytes(header[3:6], "big") >> 5 & 0x1FFF)
-    return data[second : second + 1] == b"\xff" and data[second + 1] & 0xF6 == 0xF0  # noqa: PLR2004
+    return data[second : second + 1] == b"\xff" and data[second + 1] & 0xF6 == 0xF0  # noqa: PLR2004 - sizes and masks of the format
 
 
 def _probe_mp3(data: bytes, start: int) -> Probe | None:

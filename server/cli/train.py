@@ -51,7 +51,7 @@ CompileLayers = Annotated[
 ]
 
 
-def takes(name: str, make: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:  # noqa: ANN401
+def takes(name: str, make: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:  # noqa: ANN401 - of any option
     """Give a command the options of `make`, and what it makes of them as argument `name`.
 
     Args:

@@ -334,7 +334,7 @@ class _SlotLayer(CacheLayerMixin):
         key_states: Tensor,
         value_states: Tensor,
         *_args: Any,  # noqa: ANN401 - transformers' signature
-        **_kwargs: Any,  # noqa: ANN401
+        **_kwargs: Any,  # noqa: ANN401 - transformers' signature
     ) -> tuple[Tensor, Tensor]:
         """Write (R, H, L, W) states; return those to attend to."""
         access = self._access

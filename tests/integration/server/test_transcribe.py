@@ -474,7 +474,7 @@ async def test_without_a_key_nothing_but_health_and_metrics_is_answered(guarded,
 
 async def test_a_key_is_held_to_its_share_and_others_are_not(guarded):
     engine, client = guarded
-    post = lambda key: client.post("/transcribe", **upload(CLIP), headers=bearer(key))  # noqa: E731
+    post = lambda key: client.post("/transcribe", **upload(CLIP), headers=bearer(key))  # noqa: E731 - short, and used in this test alone
     running = asyncio.create_task(post(ALICE))
     await engine.told.wait()
     second = await post(ALICE)

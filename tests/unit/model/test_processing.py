@@ -123,7 +123,7 @@ def test_pad_equal_to_eos_is_refused(processor: SpeechLLMProcessor, tiny_checkpo
 def test_a_tokenizer_without_the_audio_token_is_refused(tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     with pytest.raises(ValueError, match="no entry '<sound>'"):
-        SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer, audio_token="<sound>")  # noqa: S106
+        SpeechLLMProcessor(WhisperFeatureExtractor(), tokenizer, audio_token="<sound>")  # noqa: S106 - a token, not a password
 
 
 def test_a_tokenizer_without_chat_template_gets_a_plain_sequence(tiny_checkpoint: Path) -> None:
