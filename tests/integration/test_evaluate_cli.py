@@ -1,6 +1,7 @@
 """`speechllm evaluate` and `speechllm compare` on a real, small checkpoint and real audio files."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -133,6 +134,15 @@ def test_beams_change_the_texts_and_are_noted(command_line, tiny_checkpoint, cor
     assert with_beams != greedy
     summary = json.loads((tmp_path / "beams4" / "summary.json").read_text(encoding="utf-8"))
     assert summary["settings"]["num_beams"] == 4
+    searching = shutil.copytree(tiny_checkpoint, tmp_path / "searching")
+    file = searching / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_beams": 4}))
+    outcome = command_line(
+        "evaluate", "--model", searching, *options, "--output", tmp_path / "unsaid"
+    )
+    assert outcome.exit_code == 0, outcome.output
+    unsaid = read_lines(tmp_path / "unsaid" / "results.jsonl")
+    assert [result["hypothesis"] for result in unsaid] == with_beams
 
 
 def test_unreadable_audio_is_reported_and_fails_the_command(

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from model.transcription import Transcriber
-from server.app import create_app
+from server.app import build_engine, create_app
 from server.audio.decode import decode
 from server.audio.limits import AudioLimits
 from server.engine.admission import Admission
 from server.engine.interface import Capabilities, EngineResult, EngineStats
 from server.errors import QueueFullError
+from server.metrics import Metrics
 from server.settings import Settings
 from tests.integration.server.serving import error_of, serving, until_ready, upload
 from tests.recordings import FORMATS, encode, speechlike, tone, with_wav_data_size
@@ -390,3 +391,13 @@ async def test_much_audio_at_once_is_refused_with_429_before_it_is_decoded(setti
         assert error_of(refused)["code"] == "queue_full"
         assert "s of audio are waiting" in error_of(refused)["message"]
         assert int(refused.headers["retry-after"]) >= 1
+
+
+async def test_the_server_s_beams_overrule_the_checkpoint_s(tiny_checkpoint):
+    settings = Settings(model=str(tiny_checkpoint), device="cpu", num_beams=3)
+    engine = build_engine(settings, Metrics())
+    await engine.start()
+    try:
+        assert engine.capabilities.num_beams == 3
+    finally:
+        await engine.stop()

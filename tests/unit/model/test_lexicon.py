@@ -4,7 +4,7 @@ import codecs
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model.lexicon import BEGIN, Lexicon, Spelling, words_of
@@ -43,6 +43,7 @@ def read(lexicon: Lexicon, tokens: list[int]) -> Spelling:
 answers = st.lists(st.integers(0, len(TOKENS) - 1), max_size=12)
 
 
+@example([TOKENS.index(b"a\xd1")], {"ab"}, [])  # within a word, and within a character
 @given(answers, st.sets(st.sampled_from(WORDS), min_size=1), st.lists(st.sampled_from(WORDS)))
 def test_a_token_brings_a_word_outside_where_the_text_has_one_more(
     answer: list[int], words: set[str], own: list[str]
