@@ -30,7 +30,7 @@ from benchmarks.decode_step import (
     LinearLayers,
     measure,
 )
-from benchmarks.load import Measurement, make_clips, run_client_processes, run_clients
+from benchmarks.load import ClientProcesses, Measurement, make_clips, run_clients
 from benchmarks.offline import run_engine, run_generate
 from benchmarks.report import describe_machine, markdown_table
 from benchmarks.servers import our_server
@@ -57,7 +57,8 @@ CLIPS_PER_CLIENT = 16
 MOST_CORES = 32
 # Of the issue: the best published figures for this model class on an H100, and beyond.
 STEPS_TO_REACH = {1: 0.6, 256: 0.5}
-RTFX_TO_REACH = {1: 156, 2: 296, 4: 539, 8: 867, 256: 3400}
+RTFX_TO_REACH = {1: 156, 2: 296, 4: 539, 8: 867, 256: 3400, 512: 10_000}
+SLOTS = 256
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -158,16 +159,18 @@ def measure_offline(transcriber: Transcriber, clips: Sequence[Clip]) -> list[Row
     ]
 
 
-def measure_server(url: str, clips: Sequence[Clip], front_ends: int) -> list[Row]:
-    """RTFx and p95 with more and more clients, which take no more than half of the cores."""
+def measure_server(
+    url: str, clips: Sequence[Clip], front_ends: int, processes: ClientProcesses
+) -> list[Row]:
+    """RTFx and p95 with more and more clients."""
     rows = []
     run_clients(url, clips, len(clips), Measurement("warm-up"))
-    most = max(1, usable_cores() // 2)
     for clients, aim in RTFX_TO_REACH.items():
         measurement = Measurement(f"{clients} clients")
         run_clients(url, list(clips[:clients]) * 2, clients, Measurement("warm-up"))
-        posted = (list(clips) * CLIPS_PER_CLIENT)[: clients * CLIPS_PER_CLIENT]
-        run_client_processes(url, posted, clients, min(clients, most), measurement)
+        times = clients * CLIPS_PER_CLIENT // len(clips) + 1
+        posted = (list(clips) * times)[: clients * CLIPS_PER_CLIENT]
+        processes.run(url, posted, clients, measurement)
         name = f"over HTTP, front ends: {front_ends}, clients: {clients}"
         failed = f" ({measurement.errors} failed)" if measurement.errors else ""
         rows += [
@@ -202,8 +205,7 @@ def main(
         output.write_text(json.dumps({"machine": describe_machine(), **figures}, indent=2) + "\n")
         print(tabulate(found), flush=True)  # noqa: T201 - progress
 
-    slots = max(RTFX_TO_REACH)
-    clips = make_clips([], slots, shortest_s=CLIP_S, longest_s=CLIP_S)
+    clips = make_clips([], SLOTS, shortest_s=CLIP_S, longest_s=CLIP_S)
     with tempfile.TemporaryDirectory() as folder:
         stored = DTYPES.get(dtype)
         model = make_checkpoint(shape, Path(folder), TOKENS_PER_AUDIO_S, dtype=stored)
@@ -219,10 +221,9 @@ def main(
             torch.cuda.empty_cache()  # the server is another process
         for count in map(int, front_ends.split(",")):
             options = ["--front-ends", str(count), "--decode-workers", str(usable_cores())]
-            with our_server(
-                model, device, dtype, 0, max_batch_size=slots, options=options
-            ) as server:
-                note(measure_server(server.url, clips, count))
+            server = our_server(model, device, dtype, 0, max_batch_size=SLOTS, options=options)
+            with server as running, ClientProcesses(max(1, usable_cores() // 2)) as processes:
+                note(measure_server(running.url, clips, count, processes))
     print(tabulate(measured))  # noqa: T201 - the command's answer
     print(describe_machine())  # noqa: T201 - the command's answer
 

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import httpx
 import numpy as np
@@ -176,36 +176,68 @@ def run_clients(
             measurement.audio_s += clip.audio_s
 
 
-def run_client_processes(
-    url: str, clips: Sequence[Clip], concurrency: int, processes: int, measurement: Measurement
-) -> None:
-    """Do as `run_clients`, from several processes: one cannot post some hundred clips a second."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(processes)
-    shares = [clips[number::processes] for number in range(processes)]
-    each = -(-concurrency // processes)
-    with ProcessPoolExecutor(processes, context, initializer=_meet_at, initargs=(barrier,)) as pool:
-        runs = list(pool.map(_run_share, [url] * processes, shares, [each] * processes))
-    measurement.wall_s += max(ended for _, _, ended in runs) - min(began for _, began, _ in runs)
-    for share, _, _ in runs:
-        measurement.audio_s += share.audio_s
-        measurement.errors += share.errors
-        measurement.latencies_s += share.latencies_s
+class ClientProcesses:
+    """Does as `run_clients`, from several processes: one cannot post some hundred clips a second.
+
+    They start once, since it takes each of them seconds.
+    """
+
+    def __init__(self, processes: int) -> None:
+        """Start so many."""
+        context = multiprocessing.get_context("spawn")
+        self._processes = processes
+        # One for each number of them that run together: their own can only be inherited.
+        barriers = [context.Barrier(count) for count in range(1, processes + 1)]
+        self._pool = ProcessPoolExecutor(
+            processes, context, initializer=_inherit, initargs=(barriers,)
+        )
+        for started in [self._pool.submit(_meet, processes) for _ in range(processes)]:
+            started.result()
+
+    def run(
+        self, url: str, clips: Sequence[Clip], concurrency: int, measurement: Measurement
+    ) -> None:
+        """Post every clip once from `concurrency` clients, spread over the processes."""
+        processes = min(self._processes, concurrency)
+        shares = [clips[number::processes] for number in range(processes)]
+        each = -(-concurrency // processes)
+        runs = list(
+            self._pool.map(
+                _run_share, [url] * processes, shares, [each] * processes, [processes] * processes
+            )
+        )
+        began_s, ended_s = min(began for _, began, _ in runs), max(ended for *_, ended in runs)
+        measurement.wall_s += ended_s - began_s
+        for share, _, _ in runs:
+            measurement.audio_s += share.audio_s
+            measurement.errors += share.errors
+            measurement.latencies_s += share.latencies_s
+
+    def __enter__(self) -> Self:
+        """Nothing more to do."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """End them."""
+        self._pool.shutdown()
 
 
-_barrier: Barrier | None = None
+_barriers: list[Barrier] = []
 
 
-def _meet_at(barrier: Barrier) -> None:
-    global _barrier  # noqa: PLW0603 - a process's own; a barrier can only be inherited
-    _barrier = barrier
+def _inherit(barriers: list[Barrier]) -> None:
+    _barriers[:] = barriers
+
+
+def _meet(processes: int) -> None:
+    """Wait until so many processes are here."""
+    _barriers[processes - 1].wait()
 
 
 def _run_share(
-    url: str, clips: Sequence[Clip], concurrency: int
+    url: str, clips: Sequence[Clip], concurrency: int, processes: int
 ) -> tuple[Measurement, float, float]:
-    if _barrier is not None:
-        _barrier.wait()  # all have started
+    _meet(processes)
     share, began_s = Measurement("share"), time.monotonic()
     run_clients(url, clips, concurrency, share)
     return share, began_s, time.monotonic()

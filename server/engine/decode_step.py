@@ -6,7 +6,7 @@ where that one left them.
 On a CUDA device both are recorded once for each of few shapes. The rows that rounding up to one
 adds are free slots, since used ones come first; what is written there, a prompt overwrites.
 
-Axis legend: R rows, B prompts, L their positions, S slots, D width, V vocabulary.
+Axis legend: R rows, B prompts, L the longest of them, S slots, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from server.engine.packed_prompts import PromptBuffers
 from server.engine.recordings import Recordings, bucket, buckets
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from server.engine.decoder_pass import DecoderPass
     from server.engine.kv_slots import KVSlots
+    from server.engine.packed_prompts import PackedPrompts
     from server.engine.recordings import Run
 
 _MIN_LIVE_TOKENS = 128
@@ -162,9 +164,9 @@ class DecodeStep:
         self._stages.reverse()
         return Launched(logits, lands[:, :count], stage.landed)
 
-    def prefill(self, embeds: Tensor, position_ids: Tensor) -> None:
-        """Write the keys and values of prompts (B, L, D) at (B, L) to the slots that have begun."""
-        self._compute.decoder_pass.prefill(embeds, position_ids, self._slots)
+    def prefill(self, embeds: Tensor, position_ids: Tensor, lens: Sequence[int]) -> None:
+        """Write keys and values of prompts (B, L, D), (B,) long, to the slots that have begun."""
+        self._compute.decoder_pass.prefill(embeds, position_ids, self._slots, lens)
 
     def warm_up(self) -> None:
         """Prepare what can be; no slot is in use."""
@@ -218,7 +220,9 @@ class RecordedStep(DecodeStep):
         super().__init__(embed, decoder_pass, slots)
         capacity = slots.plan.slot_tokens
         self._min_live = capacity if decoder_pass.reads_own_lengths else _MIN_LIVE_TOKENS
-        self._prompts = _Prompts(self._held) if decoder_pass.is_prefill_recordable else None
+        self._prompts = None
+        if decoder_pass.is_prefill_recordable:
+            self._prompts = PromptBuffers(_MOST_PREFILL_TOKENS, self._held)
         self._recordings = Recordings(record, "what the LLM does")
 
     def warm_up(self) -> None:
@@ -227,24 +231,19 @@ class RecordedStep(DecodeStep):
         for rows in buckets(1, plan.n_slots):
             for live in buckets(self._min_live, plan.slot_tokens):
                 self._replay_step(rows, live)
-        for length in buckets(_MIN_PROMPT_TOKENS, plan.slot_tokens):
-            for rows in buckets(1, plan.n_slots):
-                if self._prompts is not None and rows * length <= _MOST_PREFILL_TOKENS:
-                    self._replay_prefill(self._prompts, rows, length)
+        if self._prompts is not None:
+            for tokens in buckets(_MIN_PROMPT_TOKENS, _MOST_PREFILL_TOKENS):
+                self._replay_prefill(self._prompts.first(tokens))
 
-    def prefill(self, embeds: Tensor, position_ids: Tensor) -> None:
-        """Do as `DecodeStep` does, from a recording if the prompts are not too many."""
-        plan, first = self._slots.plan, self._slots.next_slot
-        count, length = position_ids.shape
-        rows = bucket(count, 1, plan.n_slots)
-        tokens = bucket(length, _MIN_PROMPT_TOKENS, plan.slot_tokens)
-        fits = rows * tokens <= _MOST_PREFILL_TOKENS and first + rows <= plan.n_slots
-        if self._prompts is not None and fits:
-            self._prompts.fill(embeds, position_ids, rows, tokens, first)
-            if self._replay_prefill(self._prompts, rows, tokens):
+    def prefill(self, embeds: Tensor, position_ids: Tensor, lens: Sequence[int]) -> None:
+        """Do as `DecodeStep` does, from a recording if the prompts are not too long."""
+        count = sum(lens)
+        if self._prompts is not None and count <= _MOST_PREFILL_TOKENS:
+            n_tokens = bucket(count, _MIN_PROMPT_TOKENS, _MOST_PREFILL_TOKENS)
+            self._prompts.fill(n_tokens, embeds, position_ids, self._slots, lens)
+            if self._replay_prefill(self._prompts.first(n_tokens)):
                 return
-            self._slots.begin_prefill(count, after=first - self._slots.used)
-        super().prefill(embeds, position_ids)
+        super().prefill(embeds, position_ids, lens)
 
     def _run(self, rows: slice, host: Tensor) -> tuple[Tensor, Tensor]:
         # Of a part of the rows, those that a bucket adds would be others that are in use.
@@ -271,43 +270,11 @@ class RecordedStep(DecodeStep):
         outputs: tuple[Tensor, Tensor] | None = self._recordings.replay(("step", rows, live), run)
         return outputs
 
-    def _replay_prefill(self, prompts: _Prompts, rows: int, length: int) -> bool:
+    def _replay_prefill(self, prompts: PackedPrompts) -> bool:
         compute = self._compute
-        embeds, position_ids = prompts.parts(rows, length)
 
         def run() -> bool:
-            compute.slots.begin_prefill_at(prompts.first_slot)
-            compute.decoder_pass.prefill(embeds, position_ids, compute.slots)
+            compute.decoder_pass.prefill_packed(prompts, compute.slots)
             return True
 
-        return bool(self._recordings.replay(("prefill", rows, length), run))
-
-
-class _Prompts:
-    """Where recorded prefills read their prompts."""
-
-    def __init__(self, like: Tensor) -> None:
-        """Allocate; `like` is (..., D), of the embeddings' dtype and device."""
-        self._embeds = like.new_zeros(_MOST_PREFILL_TOKENS, like.shape[-1])
-        self._position_ids = torch.zeros(
-            _MOST_PREFILL_TOKENS, dtype=torch.int64, device=like.device
-        )
-        self.first_slot = torch.zeros(1, dtype=torch.int64, device=like.device)
-
-    def parts(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """(rows, length, D) and (rows, length)."""
-        count = rows * length
-        return (
-            self._embeds[:count].view(rows, length, -1),
-            self._position_ids[:count].view(rows, length),
-        )
-
-    def fill(
-        self, embeds: Tensor, position_ids: Tensor, rows: int, length: int, first_slot: int
-    ) -> None:
-        """Copy prompts to the beginning of the parts of a shape; the rest may hold anything."""
-        count, used = position_ids.shape
-        all_embeds, all_position_ids = self.parts(rows, length)
-        all_embeds[:count, :used] = embeds
-        all_position_ids[:count, :used] = position_ids
-        self.first_slot.fill_(first_slot)
+        return bool(self._recordings.replay(("prefill", len(prompts.embeds)), run))

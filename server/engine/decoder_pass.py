@@ -24,6 +24,8 @@ from server.engine.kv_slots import DecodeMasks
 from server.engine.packed_linear import PackedLinear, laid_out
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -37,7 +39,7 @@ class DecoderPass(Protocol):
 
     Attributes:
         is_recordable: it launches the same kernels at every step of a shape.
-        is_prefill_recordable: and in every prefill of a shape.
+        is_prefill_recordable: and in every prefill of so many tokens: it has `prefill_packed`.
         reads_own_lengths: of each row it reads what is there, not what the longest has.
     """
 
@@ -48,11 +50,13 @@ class DecoderPass(Protocol):
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
         """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
 
-    def prefill(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+    def prefill(
+        self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]
+    ) -> None:
         """Write the keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots.
 
-        Right-padded, for rows that `begin_prefill` has named. What stands behind a prompt's end is
-        overwritten before anything attends to it.
+        Right-padded, (B,) `lens` long, for rows that `begin_prefill` has named. What is written
+        behind a prompt's end is overwritten before anything attends to it.
         """
 
 
@@ -99,8 +103,11 @@ class ModelPass:
         ).logits[:, -1]
         return logits
 
-    def prefill(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+    def prefill(
+        self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]
+    ) -> None:
         """Write keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots."""
+        del lens
         _prefill(self._llm, embeds, position_ids, slots)
 
 
@@ -219,8 +226,11 @@ class LlamaPass:
         logits: Tensor = self._llm.lm_head(self._norm(hidden, self._llm.model.norm.weight))
         return logits
 
-    def prefill(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+    def prefill(
+        self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]
+    ) -> None:
         """Write keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots."""
+        del lens
         _prefill(self._llm, embeds, position_ids, slots)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:

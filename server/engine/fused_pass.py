@@ -6,11 +6,12 @@ between two matrix products is one kernel here, and at a few rows it is part of 
 
 - attention rotates queries and keys, writes the new key and value into their slots, and attends to
   each row's own tokens, without a mask and without what a batch's longest row would add;
+- prompts are prefilled one behind another, without padding, each attending to itself;
 - for few rows, whose products only read weights, normalisation, activation and residual happen
   within the products; for more, products are cuBLAS's.
 
-Axis legend: R rows, D width, H query heads, K key heads, G queries a key head (H / K), W head
-width, C slot capacity, I inner width, V vocabulary.
+Axis legend: R rows, B prompts, L the longest of them, T the tokens of all, D width, H query heads,
+K key heads, G queries a key head (H / K), W head width, I inner width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from torch.nn import functional
 
 from server.engine import triton_kernels as kernels
 from server.engine.decoder_pass import JoinedLayer, LlamaPass
+from server.engine.packed_prompts import pack
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from transformers import PreTrainedModel
     from transformers.cache_utils import CacheLayerMixin
 
     from server.engine.kv_slots import KVSlots
+    from server.engine.packed_prompts import PackedPrompts
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +46,7 @@ _MOST_INPUTS_OF_OWN_PRODUCTS = 8192  # which a program holds in its registers
 _PROGRAM_WEIGHTS = 4096
 _PRODUCT_ROWS = 16  # of the smallest product of tensor cores
 _ATTENDED_BLOCK = 128
+_PROMPT_BLOCK = 64
 _MIN_HEAD_WIDTH = 32
 _GATE_BLOCK = 1024
 
@@ -102,6 +108,7 @@ def _gated(gate_up: Tensor) -> Tensor:
 class FusedPass(LlamaPass):
     """A Llama-like LLM's `forward`, one token a row; `can_fuse` says of which."""
 
+    is_prefill_recordable = True
     reads_own_lengths = True
 
     def __init__(self, llm: PreTrainedModel) -> None:
@@ -109,7 +116,6 @@ class FusedPass(LlamaPass):
         super().__init__(llm)
         self._joined = [layer for layer in self._layers if isinstance(layer, JoinedLayer)]
         self._window = self._masks.window or 0
-        self.is_prefill_recordable = not self._window
         n_attended = self._n_queries * self._width
         widest = max(llm.config.hidden_size, llm.config.intermediate_size, n_attended)
         is_narrow = widest <= _MOST_INPUTS_OF_OWN_PRODUCTS
@@ -144,54 +150,49 @@ class FusedPass(LlamaPass):
         norm = self._llm.model.norm.weight
         return multiply(hidden, self._llm.lm_head.weight, norm=norm, eps=eps)
 
-    def prefill(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> None:
+    def prefill(
+        self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]
+    ) -> None:
         """Write keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots."""
-        count, length = position_ids.shape
-        if self._window and length > self._window:
-            super().prefill(embeds, position_ids, slots)
-            return
-        position_ids = position_ids.contiguous()
-        hidden = embeds.flatten(0, 1).clone()  # each layer adds to it
-        n_turned = self._n_queries + self._n_keys
+        self.prefill_packed(pack(embeds, position_ids, slots, lens), slots)
+
+    def prefill_packed(self, prompts: PackedPrompts, slots: KVSlots) -> None:
+        """Write keys and values of prompts to their slots."""
+        hidden = prompts.embeds.clone()  # each layer adds to it
         last = len(self._joined) - 1
         for number, (layer, norms, cache) in enumerate(
             zip(self._joined, self._norms, slots.layers, strict=True)
         ):
             joint = layer.qkv(self._norm(hidden, norms[0]))
-            self._turn(joint, position_ids, length, slots.first_slot, cache)
+            self._turn(joint, prompts, slots.plan.n_slots, cache)
             if number == last:  # nobody reads what a prompt's end says
                 return
-            heads = joint.view(count, length, -1, self._width).transpose(1, 2)
-            attended = functional.scaled_dot_product_attention(
-                heads[:, : self._n_queries],
-                heads[:, self._n_queries : n_turned],
-                heads[:, n_turned:],
-                is_causal=True,
-                scale=self._scale,
-                enable_gqa=self._n_queries != self._n_keys,
-            )
-            hidden.addmm_(
-                attended.transpose(1, 2).reshape(len(hidden), -1), layer.output_weight.t()
-            )
+            hidden.addmm_(self._attend_prompts(joint, prompts), layer.output_weight.t())
             normed = self._norm(hidden, norms[1])
             inner = _gated(functional.linear(normed, layer.gate_up_weight))
             hidden.addmm_(inner, layer.down_weight.t())
 
     def _turn(
-        self,
-        joint: Tensor,
-        position_ids: Tensor,
-        length: int,
-        first_slot: Tensor,
-        cache: CacheLayerMixin,
+        self, joint: Tensor, prompts: PackedPrompts, n_slots: int, cache: CacheLayerMixin
     ) -> None:
         keys, values = cache.keys, cache.values
         kernels.turn[(len(joint),)](
-            joint, position_ids, self._rotary.inv_freq, keys, values, first_slot, length,
-            keys.stride(0), keys.stride(1), self._rotary.attention_scaling,
-            N_QUERIES=self._n_queries, N_KEYS=self._n_keys, WIDTH=self._width,
-            HEADS=triton.next_power_of_2(self._n_queries + 2 * self._n_keys),
+            joint, prompts.position_ids, self._rotary.inv_freq, keys, values, prompts.slots,
+            prompts.columns, n_slots, keys.stride(0), keys.stride(1),
+            self._rotary.attention_scaling, N_QUERIES=self._n_queries, N_KEYS=self._n_keys,
+            WIDTH=self._width, HEADS=triton.next_power_of_2(self._n_queries + 2 * self._n_keys),
         )  # fmt: skip
+
+    def _attend_prompts(self, joint: Tensor, prompts: PackedPrompts) -> Tensor:
+        """(T, (H + 2K) * W) -> (T, H * W)."""
+        attended = joint.new_empty(len(joint), self._n_queries * self._width)
+        blocks = triton.cdiv(len(joint), _PROMPT_BLOCK)
+        kernels.attend_prompts[blocks, self._n_queries](
+            joint, prompts.begins, attended, len(joint), self._scale, self._window,
+            N_QUERIES=self._n_queries, N_KEYS=self._n_keys, WIDTH=self._width,
+            BLOCK=_PROMPT_BLOCK,
+        )  # fmt: skip
+        return attended
 
     def _attend(
         self,

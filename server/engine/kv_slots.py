@@ -173,24 +173,9 @@ class KVSlots(Cache):
         first = self._used + after
         self._access.begin(slice(first, first + n_rows))
 
-    def begin_prefill_at(self, first_slot: Tensor) -> None:
-        """Let the next pass write prompts to the slots from (1,) `first_slot` on, read as it runs.
-
-        For a pass that asks for `first_slot`.
-        """
-        self._access.begin(slice(0, 0), first_slot=first_slot)
-
-    @property
-    def first_slot(self) -> Tensor:
-        """(1,) of the begun prefill, on the device."""
-        if self._access.first_slot is None:
-            first = self._access.rows.start
-            self._access.first_slot = torch.full((1,), first, device=self._device)
-        return self._access.first_slot
-
     @property
     def next_slot(self) -> int:
-        """`first_slot`, where `begin_prefill` has set it."""
+        """The first of the begun prefill's."""
         start: int = self._access.rows.start
         return start
 
@@ -297,19 +282,10 @@ class _Access:
         self.rows = slice(0, 0)
         self.indices: Tensor | None = None
         self.positions: Tensor | None = None
-        self.first_slot: Tensor | None = None
         self.live = 0
 
-    def begin(
-        self,
-        rows: slice,
-        positions: Tensor | None = None,
-        live: int = 0,
-        *,
-        first_slot: Tensor | None = None,
-    ) -> None:
+    def begin(self, rows: slice, positions: Tensor | None = None, live: int = 0) -> None:
         self.rows, self.positions, self.live = rows, positions, live
-        self.first_slot = first_slot
         if positions is not None:
             self.indices = torch.arange(rows.start, rows.stop, device=positions.device)
 

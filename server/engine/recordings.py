@@ -23,10 +23,11 @@ _WARM_UP_RUNS = 2  # libraries allocate on the first
 
 
 def bucket(count: int, smallest: int, largest: int) -> int:
-    """Round up to `smallest` times a power of two, at most `largest`."""
+    """Round up to `smallest` times a power of two, or to half more; at most `largest`."""
     size = smallest
     while size < count:
-        size *= 2
+        half_more = size + size // 2
+        size = half_more if count <= half_more else 2 * size
     return min(size, largest)
 
 
@@ -34,7 +35,7 @@ def buckets(smallest: int, largest: int) -> list[int]:
     """All that `bucket` rounds to, the largest first."""
     sizes = {largest}
     while smallest < largest:
-        sizes.add(smallest)
+        sizes |= {smallest, min(smallest + smallest // 2, largest)}
         smallest *= 2
     return sorted(sizes, reverse=True)
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers.utils.logging import disable_progress_bar
 
 from model.alignment import ENCODER_FRAME_S, align_words
@@ -367,12 +366,11 @@ class SpeechRunner:
         """Write prompts into free slots, behind `after` others that are not counted yet."""
         laid_out = self._lay_out(plans, audio)
         ends = [len(ids) - 1 for ids in laid_out]
-        input_ids = pad_sequence(
-            [torch.tensor(ids) for ids in laid_out],
-            batch_first=True,
-            padding_value=self._pad_token_id,
-        )
-        input_ids = to_device(input_ids, self._device)
+        numbers = np.full((len(plans), max(ends) + 2), self._pad_token_id)
+        for row, ids, end in zip(numbers, laid_out, ends, strict=True):
+            row[: len(ids)], row[-1] = ids, end
+        on_device = to_device(torch.from_numpy(numbers), self._device)
+        input_ids = on_device[:, :-1]
         embeds = self._embed(input_ids)  # (B, L, D), right-padded
         is_audio = input_ids == self._audio_token_id
         place = (is_audio.cumsum(1) - 1).clamp(min=0)  # of each audio position in its clip
@@ -388,10 +386,10 @@ class SpeechRunner:
             offsets = [row[end] - end for row, end in zip(positions, ends, strict=True)]
         self._slots.begin_prefill(len(plans), after=after)
         if embeds.shape[1] > 1:  # prompts of a single position have no past
-            self._decode.prefill(embeds[:, :-1], position_ids[:, :-1])
+            self._decode.prefill(embeds[:, :-1], position_ids[:, :-1], ends)
         first = self._slots.used + after
-        last_embeds = torch.stack([embeds[row, end] for row, end in enumerate(ends)])
-        self._decode.hold(slice(first, first + len(plans)), last_embeds)
+        last = on_device[:, -1:, None].expand(-1, 1, embeds.shape[-1])
+        self._decode.hold(slice(first, first + len(plans)), embeds.gather(1, last)[:, 0])
         posteriors = self._posteriors(plans, audio)
         return [
             _Row(

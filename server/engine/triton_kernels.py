@@ -1,6 +1,6 @@
 """The kernels of `fused_pass`, in Triton.
 
-Axis legend: R rows, H query heads, K key heads, W head width, S slots, C slot capacity, I inner
+Axis legend: R rows, T tokens of all prompts, H query heads, K key heads, W head width, I inner
 width. Pointers are to contiguous tensors; where a stride is passed, its dimensions are named.
 """
 
@@ -8,6 +8,22 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _take_in(
+    query_low, query_high, key_low, key_high, value, is_there, scale, largest, total, attended
+):
+    """Attend to a block besides: keys (W / 2, BLOCK) in two halves, values (BLOCK, W)."""
+    scores = tl.dot(query_low, key_low, input_precision="ieee")
+    scores += tl.dot(query_high, key_high, input_precision="ieee")
+    scores = tl.where(is_there[None, :], scores * scale, float("-inf"))
+    larger = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp(scores - larger[:, None])
+    shrunk = tl.exp(largest - larger)
+    attended = attended * shrunk[:, None]
+    attended += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return larger, total * shrunk + tl.sum(weights, 1), attended
 
 
 @triton.jit
@@ -43,6 +59,20 @@ def attend(
     whole = tl.arange(0, WIDTH)
     column = tl.load(columns_ptr + row).to(tl.int32)
     dtype = keys_ptr.dtype.element_ty
+    slot = row.to(tl.int64) * slot_stride + head * head_stride
+    keys_ptr += slot
+    values_ptr += slot
+    # What stands in the slot already depends on nothing: the first of it comes before all else.
+    first = 0
+    if window > 0:
+        first = tl.maximum(column - window + 1, 0)
+    tokens = first + tl.arange(0, BLOCK)
+    is_there = tokens < column
+    block_ptr = keys_ptr + tokens[None, :] * WIDTH + low[:, None]
+    block_low = tl.load(block_ptr, mask=is_there[None, :], other=0.0)
+    block_high = tl.load(block_ptr + half, mask=is_there[None, :], other=0.0)
+    value_ptr = values_ptr + tokens[:, None] * WIDTH + whole[None, :]
+    block = tl.load(value_ptr, mask=is_there[:, None], other=0.0)
     angle = tl.load(positions_ptr + row).to(tl.float32) * tl.load(frequencies_ptr + low)
     # Rounded as transformers does.
     cos = (tl.cos(angle) * amplitude).to(dtype).to(tl.float32)
@@ -51,9 +81,6 @@ def attend(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     joint_ptr += row * (N_QUERIES + 2 * N_KEYS) * WIDTH
-    slot = row.to(tl.int64) * slot_stride + head * head_stride
-    keys_ptr += slot
-    values_ptr += slot
 
     key_ptr = joint_ptr + (N_QUERIES + head) * WIDTH
     key_low = tl.load(key_ptr + low).to(tl.float32)
@@ -79,27 +106,22 @@ def attend(
     largest = own * scale
     total = tl.full((GROUP,), 1.0, tl.float32)
     attended = tl.zeros((GROUP, WIDTH), tl.float32) + new_value.to(tl.float32)[None, :]
-    first = 0
-    if window > 0:
-        first = tl.maximum(column - window + 1, 0)
-    for start in range(first, column, BLOCK):
+    largest, total, attended = _take_in(
+        turned_low, turned_high, block_low, block_high, block, is_there,
+        scale, largest, total, attended,
+    )  # fmt: skip
+    for start in range(first + BLOCK, column, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         is_there = tokens < column
         block_ptr = keys_ptr + tokens[None, :] * WIDTH + low[:, None]
         block_low = tl.load(block_ptr, mask=is_there[None, :], other=0.0)
         block_high = tl.load(block_ptr + half, mask=is_there[None, :], other=0.0)
-        scores = tl.dot(turned_low, block_low, input_precision="ieee")
-        scores += tl.dot(turned_high, block_high, input_precision="ieee")
-        scores = tl.where(is_there[None, :], scores * scale, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp(scores - larger[:, None])
-        shrunk = tl.exp(largest - larger)
         value_ptr = values_ptr + tokens[:, None] * WIDTH + whole[None, :]
         block = tl.load(value_ptr, mask=is_there[:, None], other=0.0)
-        attended = attended * shrunk[:, None]
-        attended += tl.dot(weights.to(dtype), block, input_precision="ieee")
-        total = total * shrunk + tl.sum(weights, 1)
-        largest = larger
+        largest, total, attended = _take_in(
+            turned_low, turned_high, block_low, block_high, block, is_there,
+            scale, largest, total, attended,
+        )  # fmt: skip
     out = out_ptr + (row * N_QUERIES + head * per_key + query)[:, None] * WIDTH + whole[None, :]
     tl.store(out, (attended / total[:, None]).to(dtype), mask=is_query[:, None])
 
@@ -172,8 +194,9 @@ def turn(
     frequencies_ptr,
     keys_ptr,
     values_ptr,
-    first_slot_ptr,
-    length,
+    slots_ptr,
+    columns_ptr,
+    n_slots,
     slot_stride,
     head_stride,
     amplitude,
@@ -182,7 +205,10 @@ def turn(
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Rotate one token's queries and keys in (B * L, (H + 2K) * W); keep its keys and values."""
+    """Rotate one token's queries and keys in (T, (H + 2K) * W); keep its keys and values.
+
+    Of a token whose slot is none of the `n_slots`, nothing is kept.
+    """
     token = tl.program_id(0).to(tl.int64)
     half: tl.constexpr = WIDTH // 2
     head = tl.arange(0, HEADS)[:, None]
@@ -201,16 +227,75 @@ def turn(
     turned_second = (exact_second * cos + exact_first * sin).to(dtype)
     tl.store(joint_ptr, turned_first, mask=is_turned)
     tl.store(joint_ptr + half, turned_second, mask=is_turned)
-    slot = tl.load(first_slot_ptr) + token // length
-    place = slot * slot_stride + token % length * WIDTH + low
+    slot = tl.load(slots_ptr + token)
+    is_kept = slot < n_slots
+    place = slot * slot_stride + tl.load(columns_ptr + token) * WIDTH + low
     key_ptr = keys_ptr + place + (head - N_QUERIES) * head_stride
-    is_key = is_turned & (head >= N_QUERIES)
+    is_key = is_turned & (head >= N_QUERIES) & is_kept
     tl.store(key_ptr, turned_first, mask=is_key)
     tl.store(key_ptr + half, turned_second, mask=is_key)
     value_ptr = values_ptr + place + (head - N_QUERIES - N_KEYS) * head_stride
-    is_value = is_head & (head >= N_QUERIES + N_KEYS)
+    is_value = is_head & (head >= N_QUERIES + N_KEYS) & is_kept
     tl.store(value_ptr, first, mask=is_value)
     tl.store(value_ptr + half, second, mask=is_value)
+
+
+@triton.jit
+def attend_prompts(
+    joint_ptr,
+    begins_ptr,
+    out_ptr,
+    n_tokens,
+    scale,
+    window,
+    N_QUERIES: tl.constexpr,
+    N_KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Attend from each token of a block to its prompt's before it; (T, (H + 2K) * W) -> (T, H * W).
+
+    Queries and keys are rotated. A token's prompt begins at `begins`.
+    """
+    head = tl.program_id(1)
+    row_width: tl.constexpr = (N_QUERIES + 2 * N_KEYS) * WIDTH
+    key_head = head // (N_QUERIES // N_KEYS)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_token = token < n_tokens
+    whole = tl.arange(0, WIDTH)
+    dtype = joint_ptr.dtype.element_ty
+    begin = tl.load(begins_ptr + token, mask=is_token, other=n_tokens).to(tl.int32)
+    if window > 0:
+        begin = tl.maximum(begin, token - window + 1)
+    place = token.to(tl.int64)[:, None] * row_width + head * WIDTH + whole[None, :]
+    query = tl.load(joint_ptr + place, mask=is_token[:, None], other=0.0)
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    attended = tl.zeros((BLOCK, WIDTH), tl.float32)
+    end = tl.minimum((tl.program_id(0) + 1) * BLOCK, n_tokens)
+    for start in range(tl.min(begin, 0), end, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        is_other = other < n_tokens
+        other_ptr = joint_ptr + other.to(tl.int64) * row_width + (N_QUERIES + key_head) * WIDTH
+        key_ptr = other_ptr[None, :] + whole[:, None]
+        scores = tl.dot(
+            query, tl.load(key_ptr, mask=is_other[None, :], other=0.0), input_precision="ieee"
+        )
+        is_seen = (other[None, :] >= begin[:, None]) & (other[None, :] <= token[:, None])
+        scores = tl.where(is_seen, scores * scale, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        # A row that has seen nothing yet has no largest.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp(scores - base[:, None])
+        shrunk = tl.exp(largest - base)
+        value_ptr = other_ptr[:, None] + N_KEYS * WIDTH + whole[None, :]
+        value = tl.load(value_ptr, mask=is_other[:, None], other=0.0)
+        attended = attended * shrunk[:, None]
+        attended += tl.dot(weights.to(dtype), value, input_precision="ieee")
+        total = total * shrunk + tl.sum(weights, 1)
+        largest = larger
+    out = out_ptr + (token.to(tl.int64)[:, None] * N_QUERIES + head) * WIDTH + whole[None, :]
+    tl.store(out, (attended / total[:, None]).to(dtype), mask=is_token[:, None])
 
 
 @triton.jit

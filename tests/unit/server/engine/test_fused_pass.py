@@ -65,7 +65,7 @@ def run(llm, decoder_pass, rows, steps=2):
     positions = torch.arange(shape[1], device=DEVICE).expand(shape[:2])
     for first, last in ((0, 1), (1, rows)) if rows > 1 else ((0, 1),):
         slots.begin_prefill(last - first, after=first)
-        decoder_pass.prefill(prompts[first:last], positions[first:last], slots)
+        decoder_pass.prefill(prompts[first:last], positions[first:last], slots, lens[first:last])
     slots.join(lens)
     cached = [
         torch.stack((layer.keys, layer.values))[:, row, :, :length]
