@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from server.engine.decoder_pass import PackingPass
 from server.engine.packed_prompts import PromptBuffers
 from server.engine.recordings import Recordings, bucket, buckets
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from server.engine.decoder_pass import DecoderPass
     from server.engine.kv_slots import KVSlots
-    from server.engine.packed_prompts import PackedPrompts
     from server.engine.recordings import Run
 
 _MIN_LIVE_TOKENS = 128
@@ -220,9 +220,8 @@ class RecordedStep(DecodeStep):
         super().__init__(embed, decoder_pass, slots)
         capacity = slots.plan.slot_tokens
         self._min_live = capacity if decoder_pass.reads_own_lengths else _MIN_LIVE_TOKENS
-        self._prompts = None
-        if decoder_pass.is_prefill_recordable:
-            self._prompts = PromptBuffers(_MOST_PREFILL_TOKENS, self._held)
+        self._packing_pass = decoder_pass if isinstance(decoder_pass, PackingPass) else None
+        self._prompts = PromptBuffers(_MOST_PREFILL_TOKENS, self._held)
         self._recordings = Recordings(record, "what the LLM does")
 
     def warm_up(self) -> None:
@@ -231,17 +230,17 @@ class RecordedStep(DecodeStep):
         for rows in buckets(1, plan.n_slots):
             for live in buckets(self._min_live, plan.slot_tokens):
                 self._replay_step(rows, live)
-        if self._prompts is not None:
-            for tokens in buckets(_MIN_PROMPT_TOKENS, _MOST_PREFILL_TOKENS):
-                self._replay_prefill(self._prompts.first(tokens))
+        if self._packing_pass is not None:
+            for n_tokens in buckets(_MIN_PROMPT_TOKENS, _MOST_PREFILL_TOKENS):
+                self._replay_prefill(self._packing_pass, n_tokens)
 
     def prefill(self, embeds: Tensor, position_ids: Tensor, lens: Sequence[int]) -> None:
         """Do as `DecodeStep` does, from a recording if the prompts are not too long."""
         count = sum(lens)
-        if self._prompts is not None and count <= _MOST_PREFILL_TOKENS:
+        if self._packing_pass is not None and count <= _MOST_PREFILL_TOKENS:
             n_tokens = bucket(count, _MIN_PROMPT_TOKENS, _MOST_PREFILL_TOKENS)
             self._prompts.fill(n_tokens, embeds, position_ids, self._slots, lens)
-            if self._replay_prefill(self._prompts.first(n_tokens)):
+            if self._replay_prefill(self._packing_pass, n_tokens):
                 return
         super().prefill(embeds, position_ids, lens)
 
@@ -270,11 +269,11 @@ class RecordedStep(DecodeStep):
         outputs: tuple[Tensor, Tensor] | None = self._recordings.replay(("step", rows, live), run)
         return outputs
 
-    def _replay_prefill(self, prompts: PackedPrompts) -> bool:
-        compute = self._compute
+    def _replay_prefill(self, packing_pass: PackingPass, n_tokens: int) -> bool:
+        prompts, slots = self._prompts.first(n_tokens), self._slots
 
         def run() -> bool:
-            compute.decoder_pass.prefill_packed(prompts, compute.slots)
+            packing_pass.prefill_packed(prompts, slots)
             return True
 
-        return bool(self._recordings.replay(("prefill", len(prompts.embeds)), run))
+        return bool(self._recordings.replay(("prefill", n_tokens), run))

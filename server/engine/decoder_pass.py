@@ -13,7 +13,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from server.engine.kv_slots import KVSlots
+    from server.engine.packed_prompts import PackedPrompts
 
 _LLAMA_LIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 
@@ -39,12 +40,10 @@ class DecoderPass(Protocol):
 
     Attributes:
         is_recordable: it launches the same kernels at every step of a shape.
-        is_prefill_recordable: and in every prefill of so many tokens: it has `prefill_packed`.
         reads_own_lengths: of each row it reads what is there, not what the longest has.
     """
 
     is_recordable: bool
-    is_prefill_recordable: bool
     reads_own_lengths: bool
 
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
@@ -58,6 +57,14 @@ class DecoderPass(Protocol):
         Right-padded, (B,) `lens` long, for rows that `begin_prefill` has named. What is written
         behind a prompt's end is overwritten before anything attends to it.
         """
+
+
+@runtime_checkable
+class PackingPass(Protocol):
+    """One that prefills without padding, with the same kernels for as many tokens."""
+
+    def prefill_packed(self, prompts: PackedPrompts, slots: KVSlots) -> None:
+        """Write the keys and values of prompts to their slots."""
 
 
 def choose_pass(llm: PreTrainedModel) -> DecoderPass:
@@ -80,7 +87,6 @@ class ModelPass:
     """The LLM's own `forward`."""
 
     is_recordable = False
-    is_prefill_recordable = False
     reads_own_lengths = False
 
     def __init__(self, llm: PreTrainedModel) -> None:
@@ -174,7 +180,6 @@ class LlamaPass:
     """A Llama-like LLM's `forward`, written out for one token a row."""
 
     is_recordable = True
-    is_prefill_recordable = False
     reads_own_lengths = False
 
     def __init__(self, llm: PreTrainedModel) -> None:

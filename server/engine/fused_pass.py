@@ -108,7 +108,6 @@ def _gated(gate_up: Tensor) -> Tensor:
 class FusedPass(LlamaPass):
     """A Llama-like LLM's `forward`, one token a row; `can_fuse` says of which."""
 
-    is_prefill_recordable = True
     reads_own_lengths = True
 
     def __init__(self, llm: PreTrainedModel) -> None:

@@ -113,7 +113,7 @@ def test_prompts_are_filled_up_with_tokens_that_go_to_no_slot():
     slots, seen = KVSlots(plan, "cpu"), []
 
     class Spy:
-        is_recordable = is_prefill_recordable = reads_own_lengths = True
+        is_recordable = reads_own_lengths = True
 
         def prefill_packed(self, prompts, _slots):
             seen.append((prompts.slots.tolist(), prompts.embeds[:, 0].tolist()))
