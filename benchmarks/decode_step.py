@@ -113,8 +113,7 @@ class EngineSteps:
 
     def end(self) -> None:
         """Free the rows."""
-        for row in reversed(range(self._rows.stop)):
-            self._runner.release(row)
+        self._runner.release(range(self._rows.stop))
 
 
 @torch.inference_mode()

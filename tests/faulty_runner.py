@@ -4,6 +4,8 @@ import threading
 
 import numpy as np
 
+from server.engine.interface import refill
+
 START_POISON = 0.77
 STEP_POISON = 0.66
 """First samples of clips that the model fails on, at their start or at their first step."""
@@ -57,11 +59,11 @@ class FaultyRunner:
         for row, mark in zip(rows, marks, strict=True):
             self._rows[row] = mark
 
-    def release(self, row, *, failed=False):
-        self._runner.release(row, failed=failed)
-        last = self._rows.pop()
-        if row < len(self._rows):
-            self._rows[row] = last
+    def release(self, rows, *, failed=()):
+        self._runner.release(rows, failed=failed)
+        for row, mover in refill(len(self._rows), rows):
+            self._rows[row] = self._rows[mover]
+        del self._rows[len(self._rows) - len(rows) :]
 
     def probe(self):
         if self.is_broken:

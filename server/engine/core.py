@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from server.engine.beams import BeamSearch, place
 from server.engine.decoding import Candidates, Token
 from server.engine.generation import LOOP_RETRY_PENALTY, Generation, TextStream
-from server.engine.interface import ALL_GUARDS, EngineResult, IterationReport, Piece
+from server.engine.interface import ALL_GUARDS, EngineResult, IterationReport, Piece, refill
 from server.engine.scheduler import Decision, Running, Waiting, decide
 from server.engine.silence import is_silent
 from server.errors import (
@@ -168,6 +168,7 @@ class EngineCore:
         self._waiting: dict[int, _Queued] = {}
         self._running: dict[int, _Active] = {}
         self._rows: list[_Active] = []  # by row
+        self._left: list[tuple[_Active, EndReason]] = []  # whose rows are still to be freed
         self._ahead: _Stepped | None = None  # of the step that was begun and not finished
         self._started: list[_Start] = []  # which are still to be reported
         self._wake_s: float | None = None
@@ -224,6 +225,7 @@ class EngineCore:
             self._ended["cancelled"] += 1
         elif (active := self._running.get(key)) is not None:
             self._leave(active, "cancelled")
+            self._release_left()
 
     def hurry(self) -> None:
         """Wait for fuller batches no more: nothing is to come that could fill them."""
@@ -242,6 +244,7 @@ class EngineCore:
         decision = self._decide()
         for key in decision.expired:
             self._expire(key)
+        self._release_left()
         if decision.start:
             self._start([self._waiting.pop(key) for key in decision.start])
         if self._running or self._ahead is not None:
@@ -279,22 +282,27 @@ class EngineCore:
         self._outcome.answers.append((key, error))
 
     def _leave(self, active: _Active, reason: EndReason) -> None:
-        """Free a request's rows."""
-        self._release(active, active.rows, failed=reason == "failed")
+        """End a request; `_release_left` frees its rows."""
+        self._left.append((active, reason))
         del self._running[active.queued.key]
         self._ended[reason] += 1
         self._wake_s = None  # there is room for what waits
 
-    def _release(self, active: _Active, rows: Sequence[int], *, failed: bool = False) -> None:
-        """Free some of a request's rows; the last takes a freed one's place, in the runner too."""
-        # From the highest on: so the last row is another request's, or the one that is freed.
-        for row in sorted(rows, reverse=True):
-            self.runner.release(row, failed=failed)
-            active.rows.remove(row)
-            last = self._rows.pop()
-            if row < len(self._rows):
-                self._rows[row] = last
-                last.rows[last.rows.index(len(self._rows))] = row
+    def _release_left(self) -> None:
+        """Free the rows of all who have left, together, which is less work for a device."""
+        rows = [row for active, _ in self._left for row in active.rows]
+        failed = [row for active, reason in self._left if reason == "failed" for row in active.rows]
+        self._left.clear()
+        if rows:
+            self._release(rows, failed)
+
+    def _release(self, rows: Sequence[int], failed: Sequence[int] = ()) -> None:
+        """Free rows that nobody calls his own any more; others take their places."""
+        self.runner.release(rows, failed=failed)
+        for row, mover in refill(len(self._rows), rows):
+            active = self._rows[row] = self._rows[mover]
+            active.rows[active.rows.index(mover)] = row
+        del self._rows[len(self._rows) - len(rows) :]
 
     def _start(self, batch: Sequence[_Queued]) -> None:
         planned = [active for each in batch if (active := self._plan(each)) is not None]
@@ -389,6 +397,7 @@ class EngineCore:
             if active.queued.key in self._running:
                 did_well = self._take(active, [outputs[row] for row in rows], now_s)
                 all_well = all_well and did_well
+        self._release_left()
         if not all_well:
             self.runner.probe()
 
@@ -498,7 +507,9 @@ class EngineCore:
     def _restart(self, active: _Active) -> None:
         """Begin an answer again, in one row."""
         self._report.retries += 1
-        self._release(active, active.rows[1:])
+        active.rows, freed = active.rows[:1], active.rows[1:]
+        if freed:
+            self._release(freed)
         self.runner.restart(active.rows[0], LOOP_RETRY_PENALTY)
         if self._ahead is not None:  # which goes on with the answer of before
             self._ahead = [each for each in self._ahead if each[0] is not active]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from model.log_mel import to_device
 from server.engine.decoder_pass import PackingPass
 from server.engine.packed_prompts import PromptBuffers
 from server.engine.recordings import Recordings, bucket, buckets
@@ -58,14 +59,6 @@ class StepInputs:
     columns: NDArray[np.int64]
     offsets: NDArray[np.int64]
     sources: NDArray[np.int64]
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The largest of the logits (R, V) and where it stands, (2, R) float64: one to transfer.
-
-    A NaN is the largest of its row.
-    """
-    return torch.stack([each.double() for each in logits.max(-1)])
 
 
 class Launched:
@@ -112,7 +105,7 @@ class _Computation:
         held = self.held[first : first + len(ids)]
         embeds = torch.where((ids < 0)[:, None], held, self.embed(ids.clamp(min=0)))
         logits = self.decoder_pass(embeds[:, None], (columns + offsets)[:, None], self.slots)
-        return logits, likeliest(logits)
+        return logits, self.decoder_pass.likeliest(logits)
 
 
 class DecodeStep:
@@ -144,8 +137,9 @@ class DecodeStep:
         """Keep for each of `rows` what is held for `sources[i]`."""
         if len(rows) == 1:
             self._held[rows[0]] = self._held[sources[0]]  # which transfers no indices
-        else:
-            self._held[[*rows]] = self._held[[*sources]]
+            return
+        places = to_device(torch.tensor([rows, sources]), self._device)
+        self._held[places[0]] = self._held[places[1]]
 
     def __call__(self, rows: slice, inputs: StepInputs) -> Launched:
         """Launch the next step of some rows; what the one before the last says must have landed."""

@@ -49,6 +49,12 @@ class DecoderPass(Protocol):
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
         """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Find the largest of the logits (R, V), and where; (2, R) float64: one to transfer.
+
+        The first of some that are equal. Not finite where a logit is NaN.
+        """
+
     def prefill(
         self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]
     ) -> None:
@@ -83,6 +89,11 @@ def choose_pass(llm: PreTrainedModel) -> DecoderPass:
     return LlamaPass(llm)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Do as `DecoderPass.likeliest`."""
+    return torch.stack([each.double() for each in logits.max(-1)])
+
+
 class ModelPass:
     """The LLM's own `forward`."""
 
@@ -108,6 +119,10 @@ class ModelPass:
             use_cache=True,
         ).logits[:, -1]
         return logits
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Find the largest of the logits (R, V), and where; (2, R) float64."""
+        return likeliest(logits)
 
     def prefill(
         self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]
@@ -230,6 +245,10 @@ class LlamaPass:
             hidden = layer.add_down(hidden, functional.silu(gate).mul_(up))
         logits: Tensor = self._llm.lm_head(self._norm(hidden, self._llm.model.norm.weight))
         return logits
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Find the largest of the logits (R, V), and where; (2, R) float64."""
+        return likeliest(logits)
 
     def prefill(
         self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]

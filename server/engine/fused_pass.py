@@ -47,6 +47,7 @@ _PROGRAM_WEIGHTS = 4096
 _PRODUCT_ROWS = 16  # of the smallest product of tensor cores
 _ATTENDED_BLOCK = 128
 _PROMPT_BLOCK = 64
+_LOGIT_PARTS, _LOGIT_BLOCK = 32, 1024
 _MIN_HEAD_WIDTH = 32
 _GATE_BLOCK = 1024
 
@@ -149,6 +150,19 @@ class FusedPass(LlamaPass):
         norm = self._llm.model.norm.weight
         return multiply(hidden, self._llm.lm_head.weight, norm=norm, eps=eps)
 
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """Find the largest of the logits (R, V), and where; (2, R) float64."""
+        rows, n_logits = logits.shape
+        part = triton.cdiv(n_logits, _LOGIT_PARTS * _LOGIT_BLOCK) * _LOGIT_BLOCK
+        largest = logits.new_empty(rows, _LOGIT_PARTS, dtype=torch.float32)
+        ids = logits.new_empty(rows, _LOGIT_PARTS, dtype=torch.int32)
+        kernels.largest_of_parts[rows, _LOGIT_PARTS](
+            logits, largest, ids, n_logits, part, BLOCK=_LOGIT_BLOCK
+        )
+        out = logits.new_empty(2, rows, dtype=torch.float64)
+        kernels.largest_of_rows[(rows,)](largest, ids, out, rows, PARTS=_LOGIT_PARTS)
+        return out
+
     def prefill(
         self, embeds: Tensor, position_ids: Tensor, slots: KVSlots, lens: Sequence[int]
     ) -> None:
@@ -213,6 +227,7 @@ class FusedPass(LlamaPass):
             self._window,
             N_QUERIES=self._n_queries, N_KEYS=self._n_keys, WIDTH=self._width,
             GROUP=max(_PRODUCT_ROWS, group), BLOCK=_ATTENDED_BLOCK, OVERLAPS=overlaps,
+            num_stages=1,  # a program that takes less memory begins earlier
             **_launch(overlaps),
         )  # fmt: skip
         return attended

@@ -15,7 +15,7 @@ from server.engine.decoding import GREEDY, Candidates, Decoding, FinishReason, T
 from server.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import numpy as np
@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 
 EndReason = FinishReason | Literal["failed"]
 """How a request left the engine; `failed`: it was refused, or the model failed on it."""
+
+
+def refill(used: int, freed: Collection[int]) -> list[tuple[int, int]]:
+    """Close the gaps that freed rows leave among the `used` first ones.
+
+    Returns:
+        Rows that were freed, each with the one that takes its place: the last ones, in order.
+    """
+    gone, left = set(freed), used - len(freed)
+    gaps = sorted(row for row in gone if row < left)
+    movers = [row for row in range(left, used) if row not in gone]
+    return list(zip(gaps, movers, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,8 +429,13 @@ class Runner(Protocol):
     def restart(self, row: int, repetition_penalty: float) -> None:
         """Begin a row's answer again, under at least this repetition penalty."""
 
-    def release(self, row: int, *, failed: bool = False) -> None:
-        """Free a row; the last one takes its place."""
+    def release(self, rows: Sequence[int], *, failed: Collection[int] = ()) -> None:
+        """Free rows, and let others take their places as `refill` says.
+
+        Args:
+            rows: that are used, none twice.
+            failed: those of them that may hold what must reach nobody.
+        """
 
     def recover(self) -> None:
         """Free what a failed call may have left behind."""

@@ -1,8 +1,8 @@
 """Keys and values of the running sequences, in slots that are allocated once.
 
 A slot is a row of every layer's buffer. Used rows are the first ones, without a gap: a sequence
-joins behind the last, and when one leaves, the last takes its row. So a decode step reads a plain
-slice, up to the longest live length, and writes each new key in place; nothing is gathered.
+joins behind the last, and when some leave, the last ones take their rows. So a decode step reads a
+plain slice, up to the longest live length, and writes each new key in place; nothing is gathered.
 
 transformers' models see it as their `Cache`, whatever their architecture. What differs between
 rows, their lengths, reaches them as position ids and as masks.
@@ -21,14 +21,18 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from model.log_mel import to_device
+from server.engine.interface import refill
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _LIVE_BUCKET_TOKENS = 32  # attended lengths are multiples, so that few shapes occur
+_MOVED_TOGETHER = 8  # rows, which are copied aside for it
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -257,22 +261,43 @@ class KVSlots(Cache):
                     buffer[:, targets, :, start:length] = buffer[:, sources, :, start:length]
         self.join([length] * len(fresh))
 
-    def release(self, row: int, *, wipe: bool = False) -> None:
-        """Free a row; the last one takes its place.
+    def release(self, rows: Sequence[int], *, wipe: Collection[int] = ()) -> list[tuple[int, int]]:
+        """Free rows; others take their places.
 
         Args:
-            row: which is free now.
-            wipe: it may hold NaN, which would reach a later sequence even through a mask.
+            rows: which are free now.
+            wipe: those of them that may hold NaN, which would reach a later sequence even through
+                a mask.
+
+        Returns:
+            Rows that others have taken, and these, as `refill` says.
         """
-        last = self._used - 1
-        length = int(self._lens[last]) if row != last else 0
+        moves = refill(self._used, rows)
+        for first in range(0, len(moves), _MOVED_TOGETHER):
+            self._move(moves[first : first + _MOVED_TOGETHER])
+        for target, source in moves:
+            self._lens[target] = self._lens[source]
+        taken = {target for target, _ in moves}
+        for row in wipe:
+            # What took its place may be too short to overwrite all of it.
+            kept = int(self._lens[row]) if row in taken else 0
+            for buffer in self._buffers:
+                buffer[:, row, :, kept:] = 0
+        self._used -= len(rows)
+        return moves
+
+    def _move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy rows to others, none of which is one of them."""
+        length = max(int(self._lens[source]) for _, source in moves)
+        if len(moves) == 1:
+            ((target, source),) = moves
+            for buffer in self._buffers:
+                buffer[:, target, :, :length] = buffer[:, source, :, :length]
+            return
+        targets, sources = to_device(torch.tensor(moves), self._device).t()
         for buffer in self._buffers:
-            if length:
-                buffer[:, row, :, :length] = buffer[:, last, :, :length]
-            if wipe:
-                buffer[:, row, :, length:] = 0  # which the last row is not long enough to overwrite
-        self._lens[row] = self._lens[last]
-        self._used = last
+            live = buffer[:, :, :, :length]
+            live.index_copy_(1, targets, live.index_select(1, sources))
 
 
 class _Access:

@@ -44,7 +44,7 @@ from server.log import structured
 from server.transcription import Word
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
@@ -518,18 +518,20 @@ class SpeechRunner:
         decoding = replace(before.decoding, repetition_penalty=penalty)
         state.sampler = TokenSampler(decoding, before.stop_ids, before.posteriors)
 
-    def release(self, row: int, *, failed: bool = False) -> None:
-        """Free a row; the last one takes its place. What a `failed` one holds is wiped."""
+    def release(self, rows: Sequence[int], *, failed: Collection[int] = ()) -> None:
+        """Free rows; others take their places. What `failed` ones hold is wiped."""
         # What a step under way writes may be a NaN that nobody will hear of.
         is_unknown = bool(self._launched) and not self._reads_own_lengths
-        self._slots.release(row, wipe=failed or is_unknown)
-        last = self._rows.pop()
-        if row == len(self._rows):
-            return
-        self._rows[row] = last
-        self._decode.move([row], [len(self._rows)])
-        for numbers in (self._next_ids, self._offsets, self._sources):
-            numbers[row] = numbers[len(self._rows)]
+        moves = self._slots.release(rows, wipe=rows if is_unknown else failed)
+        if moves:
+            targets, sources = (list(each) for each in zip(*moves, strict=True))
+            if (self._next_ids[sources] == HELD).any():
+                self._decode.move(targets, sources)
+            for target, source in moves:
+                self._rows[target] = self._rows[source]
+            for numbers in (self._next_ids, self._offsets, self._sources):
+                numbers[targets] = numbers[sources]
+        del self._rows[len(self._rows) - len(rows) :]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Text of an answer."""
@@ -589,8 +591,7 @@ class SpeechRunner:
             for _ in range(_WARM_UP_STEPS):
                 self.step(rows)
         finally:
-            for row in reversed(range(rows.start, rows.stop)):
-                self.release(row)
+            self.release(range(rows.start, rows.stop))
 
     def _slot_tokens(self) -> int:
         """Longest sequence: the longest clip's, and room for a request's own prompt."""

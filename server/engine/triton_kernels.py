@@ -309,3 +309,37 @@ def gate(gate_up_ptr, out_ptr, inner, BLOCK: tl.constexpr):
     up = tl.load(gate_ptr + inner, mask=is_there, other=0.0).to(tl.float32)
     gated = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + row * inner + column, gated.to(out_ptr.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def largest_of_parts(logits_ptr, largest_ptr, ids_ptr, n_logits, part, BLOCK: tl.constexpr):
+    """The largest of a part of a row, and where it stands first; a NaN counts as infinity."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * part
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    ids = tl.zeros((BLOCK,), tl.int32)
+    for start in range(begin, tl.minimum(begin + part, n_logits), BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        logits_place = logits_ptr + row * n_logits + place
+        logits = tl.load(logits_place, mask=place < n_logits, other=float("-inf")).to(tl.float32)
+        logits = tl.where(logits == logits, logits, float("inf"))
+        is_larger = logits > largest
+        largest = tl.where(is_larger, logits, largest)
+        ids = tl.where(is_larger, place, ids)
+    best = tl.max(largest, 0)
+    first = tl.min(tl.where(largest == best, ids, n_logits), 0)
+    out = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(largest_ptr + out, best)
+    tl.store(ids_ptr + out, first)
+
+
+@triton.jit
+def largest_of_rows(largest_ptr, ids_ptr, out_ptr, n_rows, PARTS: tl.constexpr):
+    """Of the largest of each row's parts, the largest, and where it stands; (2, R) float64."""
+    row = tl.program_id(0).to(tl.int64)
+    part = row * PARTS + tl.arange(0, PARTS)
+    largest = tl.load(largest_ptr + part)
+    best = tl.max(largest, 0)
+    first = tl.min(tl.where(largest == best, tl.load(ids_ptr + part), 2147483647), 0)
+    tl.store(out_ptr + row, best.to(tl.float64))
+    tl.store(out_ptr + n_rows + row, first.to(tl.float64))

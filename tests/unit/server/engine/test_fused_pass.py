@@ -96,6 +96,29 @@ def test_the_kernels_give_what_the_llm_gives(name, rows, monkeypatch):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_logits", [1, 7, 16, 65, 200])
+def test_the_likeliest_token_is_the_first_of_the_largest(n_logits, dtype, monkeypatch):
+    monkeypatch.setattr(fused_pass, "_LOGIT_BLOCK", 16)
+    monkeypatch.setattr(fused_pass, "_LOGIT_PARTS", 4)  # of which some have nothing to look at
+    decoder_pass = FusedPass(make_llm("qwen2"))
+    generator = torch.Generator().manual_seed(n_logits)
+    logits = torch.randint(-3, 3, (40, n_logits), generator=generator).to(dtype).to(DEVICE)
+    largest, ids = decoder_pass.likeliest(logits)
+    assert largest.equal(logits.amax(-1).double())
+    is_largest = logits == logits.amax(-1, keepdim=True)
+    assert ids.equal(is_largest.double().argmax(-1).double())
+
+
+def test_a_logit_that_is_not_finite_is_told(monkeypatch):
+    monkeypatch.setattr(fused_pass, "_LOGIT_BLOCK", 16)
+    monkeypatch.setattr(fused_pass, "_LOGIT_PARTS", 4)
+    decoder_pass = FusedPass(make_llm("qwen2"))
+    logits = torch.zeros(3, 70, device=DEVICE)
+    logits[0, 69], logits[1, 3], logits[2] = float("nan"), float("inf"), float("-inf")
+    assert not decoder_pass.likeliest(logits)[0].isfinite().any()
+
+
 @pytest.fixture(scope="module")
 def transcriber(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fused") / "checkpoint"

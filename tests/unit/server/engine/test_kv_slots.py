@@ -75,10 +75,11 @@ def test_every_row_attends_to_its_own_tokens_whatever_joins_and_leaves(data):
             rows = [[*row, token] for row, token in zip(rows, tokens, strict=True)]
             assert write_tokens(slots, tokens) == rows
         elif action == "leave" and rows:
-            row = data.draw(st.integers(0, len(rows) - 1))
-            slots.release(row, wipe=data.draw(st.booleans()))
-            rows[row] = rows[-1]
-            rows.pop()
+            free = data.draw(st.sets(st.sampled_from(range(len(rows))), min_size=1))
+            wiped = data.draw(st.sets(st.sampled_from(sorted(free))))
+            for row, mover in slots.release(sorted(free), wipe=wiped):
+                rows[row] = rows[mover]
+            del rows[len(rows) - len(free) :]
         elif action == "rewind" and rows:
             row = data.draw(st.integers(0, len(rows) - 1))
             length = data.draw(st.integers(1, len(rows[row])))
@@ -125,8 +126,8 @@ def test_only_the_live_length_is_attended_to():
 def test_a_wiped_row_leaves_no_nan_behind():
     slots = make_slots(2)
     write_prompts(slots, [[float("nan")] * 9, [2.0] * 3])
-    slots.release(0, wipe=True)
-    slots.release(0)
+    slots.release([0], wipe=[0])
+    slots.release([0])
     for layer in slots.layers:
         # The row that moved left a copy behind; what failed is gone.
         assert layer.keys[0].isfinite().all()

@@ -50,7 +50,7 @@ class Driver:
                 self.leave(row)
 
     def leave(self, row):
-        self.runner.release(row)
+        self.runner.release([row])
         last = self.rows.pop()
         if row < len(self.rows):
             self.rows[row] = last
@@ -200,8 +200,8 @@ def test_nan_in_one_row_is_told_and_outlives_neither_the_row_nor_its_slot(tiny):
     tokens = runner.step(slice(0, 2))
     assert tokens[0] is None
     assert tokens[1].id == generate_alone(tiny, clips[0])[0]
-    runner.release(0, failed=True)
-    runner.release(0)
+    runner.release([0], failed=[0])
+    runner.release([0])
     driver = Driver(runner)
     driver.start(*((i, runner.plan(clip)) for i, clip in enumerate(clips)))
     driver.finish()

@@ -5,7 +5,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from model.ctc import CTCHead
 from model.ctc_prefix import ClipPosteriors
-from server.engine.decode_step import likeliest
+from server.engine.decoder_pass import likeliest
 from server.engine.decoding import Candidates, Decoding
 from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens
 
