@@ -179,11 +179,11 @@ def run_clients(
 class ClientProcesses:
     """Does as `run_clients`, from several processes: one cannot post some hundred clips a second.
 
-    They start once, since it takes each of them seconds.
+    They start once, since it takes each of them seconds, and nobody waits for it meanwhile.
     """
 
     def __init__(self, processes: int) -> None:
-        """Start so many."""
+        """Begin to start so many."""
         context = multiprocessing.get_context("spawn")
         self._processes = processes
         # One for each number of them that run together: their own can only be inherited.
@@ -191,8 +191,8 @@ class ClientProcesses:
         self._pool = ProcessPoolExecutor(
             processes, context, initializer=_inherit, initargs=(barriers,)
         )
-        for started in [self._pool.submit(_meet, processes) for _ in range(processes)]:
-            started.result()
+        for _ in range(processes):
+            self._pool.submit(_meet, processes)
 
     def run(
         self, url: str, clips: Sequence[Clip], concurrency: int, measurement: Measurement

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _FRAME_SAMPLES = 480  # 30 ms at 16 kHz
-_SCANNED_SAMPLES = 32 * _FRAME_SAMPLES  # at once: most clips are loud within their first second
+_SCANNED_SAMPLES = 8 * _FRAME_SAMPLES  # at once: most clips are loud from the first on
 _MAX_SILENT_DBFS = -60.0  # quiet rooms record at -50 to -60, whispers above -50
 
 
