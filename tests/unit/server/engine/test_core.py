@@ -375,6 +375,16 @@ def test_an_answer_is_not_held_back_by_the_step_that_was_launched_ahead(tiny):
     assert iterations[0] == iterations[1]
 
 
+def test_what_the_model_failed_on_outlives_no_slot(tiny):
+    """Its slot is given to a shorter clip, which attends past its own end through a mask."""
+    bench = Bench(SpeechRunner(tiny, max_slots=1, runs_ahead=False))
+    guilty = bench.submit(np.full(64_000, np.nan, np.float32))
+    innocent = bench.submit(CLIPS[0])
+    bench.finish()
+    assert isinstance(bench.answers[guilty], InferenceFailedError)
+    assert list(bench.answers[innocent].token_ids) == generate_alone(tiny, CLIPS[0])
+
+
 def test_a_nan_that_nobody_heard_of_outlives_no_slot(tiny):
     runner = SpeechRunner(tiny, max_slots=2, runs_ahead=True)
     bench = Bench(runner)

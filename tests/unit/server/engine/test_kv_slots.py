@@ -134,6 +134,15 @@ def test_a_wiped_row_leaves_no_nan_behind():
         assert layer.values[0].isfinite().all()
 
 
+def test_a_wiped_row_whose_place_nobody_takes_is_empty():
+    slots = make_slots(3)
+    write_prompts(slots, [[1.0] * 3, [float("nan")] * 9, [float("nan")] * 2])
+    slots.release([1, 2], wipe=[1, 2])
+    for layer in slots.layers:
+        assert layer.keys.isfinite().all()
+        assert layer.values.isfinite().all()
+
+
 def test_more_rows_than_are_free_are_refused():
     slots = make_slots(1)
     with pytest.raises(ValueError, match="2 slots are wanted, 1 are free"):
