@@ -18,7 +18,7 @@ _MAX_SEED = 2**63 - 1
 _PENALTIES = (0.1, 10.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: with them, Python's own code pickles it, field by field
 class Decoding:
     """How to choose tokens.
 

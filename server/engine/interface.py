@@ -55,7 +55,7 @@ class Piece:
     finish_reason: FinishReason | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: with them, Python's own code pickles it, field by field
 class EngineRequest:
     """One clip to transcribe.
 
@@ -96,7 +96,7 @@ class EngineRequest:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: with them, Python's own code pickles it, field by field
 class EngineResult:
     """A clip's transcript.
 

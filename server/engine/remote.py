@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from server.board import Board
     from server.engine.admission import Admission, Ticket
-    from server.engine.interface import Capabilities, Engine, EngineRequest, EngineResult, Piece
+    from server.engine.interface import Capabilities, Engine, EngineRequest, EngineResult
     from server.engine.shared_samples import Place, SharedSamples
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ _POST_INTERVAL_S = 0.05  # of the engine's numbers on the board
 _METRICS_TIMEOUT_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: with them, Python's own code pickles it, field by field
 class _Answer:
     """An answer, and the bytes of its tokens."""
 
@@ -435,8 +435,9 @@ class EngineHost:
                     self._begin(tasks, key, self._collect(channel, key))
                 else:
                     request, place, streams = value
-                    clip = replace(request, waveform=samples.view(place))
-                    task = self._begin(tasks, key, self._answer(channel, key, clip, streams))
+                    tell = partial(channel.send, "piece", key) if streams else None
+                    clip = replace(request, waveform=samples.view(place), on_piece=tell)
+                    task = self._begin(tasks, key, self._answer(channel, key, clip))
                     task.add_done_callback(partial(self._tell_of_the_end, channel, key))
         except OSError:
             pass
@@ -463,14 +464,9 @@ class EngineHost:
         if task.cancelled() or task.exception() is not None:
             channel.send("answer", key, InferenceFailedError("the engine has dropped this audio"))
 
-    async def _answer(
-        self, channel: _Channel, key: int, request: EngineRequest, streams: bool
-    ) -> None:
-        def tell(piece: Piece) -> None:
-            channel.send("piece", key, piece)
-
+    async def _answer(self, channel: _Channel, key: int, request: EngineRequest) -> None:
         try:
-            result = await self._engine.submit(replace(request, on_piece=tell if streams else None))
+            result = await self._engine.submit(request)
             ids = sorted(set(result.token_ids))
             spelt = dict(zip(ids, self._engine.token_bytes(ids), strict=True))
         except ServerError as error:

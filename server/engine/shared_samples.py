@@ -21,7 +21,7 @@ _SAMPLE_BYTES = np.dtype(np.float32).itemsize
 _ALIGNMENT = 1024  # samples; a page
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: with them, Python's own code pickles it, field by field
 class Place:
     """Where a waveform lies: its first sample, and how many there are."""
 
