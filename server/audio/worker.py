@@ -12,6 +12,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from server import errors
 from server.audio import wire
 from server.audio.clip import Excerpt, Progress
@@ -41,11 +43,14 @@ def main() -> None:
     os.dup2(silence, 2)
     while (message := wire.read_blocking(sys.stdin.buffer)) is not None:
         for header, payload in _answers(*message):
-            answers.write(wire.pack(header, len(payload)) + payload)
+            answers.write(wire.pack(header, len(payload)))
+            answers.write(payload)
             answers.flush()
 
 
-def _answers(request: dict[str, Any], data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _answers(
+    request: dict[str, Any], data: bytes
+) -> Iterator[tuple[dict[str, Any], bytes | memoryview]]:
     try:
         decoder = StreamDecoder(data, AudioLimits(**request["limits"]))
         found = excerpts(
@@ -60,7 +65,7 @@ def _answers(request: dict[str, Any], data: bytes) -> Iterator[tuple[dict[str, A
                 yield asdict(each), b""
             else:
                 header = {"start": each.start, "speech": [each.speech_start, each.speech_end]}
-                yield header, each.waveform.tobytes()
+                yield header, np.ascontiguousarray(each.waveform).view(np.uint8).data
     except errors.AudioError as error:
         yield {"error": type(error).__name__, "message": error.message}, b""
     except MemoryError:
