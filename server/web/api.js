@@ -146,6 +146,11 @@ export class LiveSession {
   }
 
   close() {
-    this.#socket?.close();
+    // One that is closed before it is open makes the browser complain.
+    if (this.#socket?.readyState === WebSocket.CONNECTING) {
+      this.#socket.onopen = () => this.#socket.close();
+    } else {
+      this.#socket?.close();
+    }
   }
 }
