@@ -220,17 +220,14 @@ class LlamaPass:
     def __call__(self, embeds: Tensor, position_ids: Tensor, slots: KVSlots) -> Tensor:
         """Map embeddings (R, 1, D) at `position_ids` (R, 1) to logits (R, V)."""
         mask = self._masks.build_one(slots, embeds.dtype)
-        cos, sin = self._rotary(embeds, position_ids)  # (R, 1, W)
-        half = self._width // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        turns = self._turns(embeds, position_ids)  # (R, 1, W) each
         hidden = embeds[:, 0]
         for layer, (attention_norm, mlp_norm), cache in zip(
             self._layers, self._norms, slots.layers, strict=True
         ):
             joint = layer.qkv(self._norm(hidden, attention_norm))
             heads = joint.unflatten(-1, (-1, self._width))  # (R, H + 2K, W)
-            rotated = heads[:, : self._n_queries + self._n_keys]
-            rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin)
+            rotated = self._rotate(heads[:, : self._n_queries + self._n_keys], turns)
             keys, values = cache.update(
                 rotated[:, self._n_queries :, None],
                 heads[:, self._n_queries + self._n_keys :, None],
@@ -255,7 +252,47 @@ class LlamaPass:
     ) -> None:
         """Write keys and values of prompts (B, L, D) at `position_ids` (B, L) to their slots."""
         del lens
-        _prefill(self._llm, embeds, position_ids, slots)
+        count, length, _ = embeds.shape
+        if self._masks.window is not None and length > self._masks.window:
+            _prefill(self._llm, embeds, position_ids, slots)
+            return
+        turns = [each[:, :, None] for each in self._turns(embeds, position_ids)]  # (B, L, 1, W)
+        n_turned = self._n_queries + self._n_keys
+        hidden = embeds.flatten(0, 1)
+        last = len(self._layers) - 1
+        for number, (layer, norms, cache) in enumerate(
+            zip(self._layers, self._norms, slots.layers, strict=True)
+        ):
+            joint = layer.qkv(self._norm(hidden, norms[0]))
+            heads = joint.view(count, length, -1, self._width)  # (B, L, H + 2K, W)
+            rotated = self._rotate(heads[:, :, :n_turned], turns).transpose(1, 2)
+            keys, values = cache.update(
+                rotated[:, self._n_queries :], heads[:, :, n_turned:].transpose(1, 2)
+            )
+            if number == last:  # nobody reads what a prompt's end says
+                return
+            # Causal attention alone keeps the padding behind a prompt out of it.
+            attended = functional.scaled_dot_product_attention(
+                rotated[:, : self._n_queries],
+                keys,
+                values,
+                is_causal=True,
+                scale=self._scale,
+                enable_gqa=self._n_queries != self._n_keys,
+            )  # (B, H, L, W)
+            hidden = layer.add_output(hidden, attended.transpose(1, 2).reshape(len(hidden), -1))
+            gate, up = layer.gate_up(self._norm(hidden, norms[1]))
+            hidden = layer.add_down(hidden, functional.silu(gate).mul_(up))
+
+    def _turns(self, embeds: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """By what positions (B, L) rotate: cosines, and signed sines, (B, L, W) each."""
+        cos, sin = self._rotary(embeds, position_ids)
+        half = self._width // 2
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
+
+    def _rotate(self, heads: Tensor, turns: Sequence[Tensor]) -> Tensor:
+        cos, sin = turns
+        return torch.addcmul(heads * cos, heads.roll(self._width // 2, -1), sin)
 
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(hidden, weight.shape, weight, self._eps)

@@ -13,7 +13,7 @@ from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import PackedLinear, laid_out, pack_linear_layers
 from tests.speech_models import FAMILIES
 
-PROMPT_LENS = (7, 3, 5)
+PROMPT_LENS = (17, 3, 5)  # the first longer than a window
 
 
 def make_llm(config):
@@ -33,7 +33,7 @@ def run(llm, decoder_pass, steps=3):
     prompts = torch.randn(shape, generator=generator).to(llm.dtype)
     slots.begin_prefill(len(PROMPT_LENS))
     positions = torch.arange(shape[1]).expand(shape[:2])
-    llm.base_model(inputs_embeds=prompts, position_ids=positions, past_key_values=slots)
+    decoder_pass.prefill(prompts, positions, slots, PROMPT_LENS)
     slots.join(PROMPT_LENS)
     logits = []
     for _ in range(steps):
