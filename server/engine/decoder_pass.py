@@ -1,8 +1,8 @@
-"""One decode step's pass through the LLM: embeddings in, logits out, keys and values in slots.
+"""Passes through the LLM: prompts to keys and values in slots, and decode steps to logits.
 
 Any LLM runs by its own `forward`. For those built like Llama the same arithmetic is written out
-here with fewer and larger operations, since at a small batch a step's time is not in its matrix
-products alone: queries, keys and values come from one product, as do gate and up; residuals are
+here with fewer and larger operations, since at a small batch the time is not in matrix products
+alone: queries, keys and values come from one product, as do gate and up; residuals are
 added within products; queries and keys are rotated together; the mask is made once, in the form
 that attention takes.
 
@@ -192,7 +192,7 @@ class _PackedLayer:
 
 
 class LlamaPass:
-    """A Llama-like LLM's `forward`, written out for one token a row."""
+    """A Llama-like LLM's `forward`, written out for one token a row, and for prompts."""
 
     is_recordable = True
     reads_own_lengths = False
