@@ -215,7 +215,7 @@ def measure(
     for number in range(rounds + 1):
         round_times = times if number else defaultdict(Times)  # the first warms up
         for name, engine in engines.items():
-            round_times[name].add(lambda engine=engine: engine.run(steps), steps)  # type: ignore[misc]
+            round_times[name].add(lambda engine=engine: engine.run(steps), steps)  # type: ignore[misc]  # mypy cannot infer a lambda with defaults
         time_generate(round_times[GENERATE], generating, rows, context, steps)
         round_times[LINEAR].add(lambda: linear.run(steps), steps)
         seconds = read / measure_bandwidth(transcriber.device)

@@ -207,7 +207,7 @@ def _scenarios(shapes: str, rates: str) -> list[Scenario]:
     for name in names:
         # The default checkpoint was trained to end where the speech does.
         counts = [None] if name == "default" else [float(rate) for rate in rates.split(",")]
-        scenarios += [Scenario(name, count) for count in counts]  # type: ignore[arg-type]
+        scenarios += [Scenario(name, count) for count in counts]  # type: ignore[arg-type]  # names are checked before
     return scenarios
 
 

@@ -393,9 +393,9 @@ class ConnectorStage:
                 raise ValueError(f"{config.teacher}: its encoder is not the one of the cache")
         self._module = ConnectorObjective(model, processor, config, teacher)
         self._train = (
-            CachedData(train, config.data, seed, processor.text_ids(" "))  # type: ignore[arg-type]
+            CachedData(train, config.data, seed, processor.text_ids(" "))  # type: ignore[arg-type]  # `cached` says which rows these are
             if cached
-            else SpeechData(train, config.data, processor.text_ids, seed)  # type: ignore[arg-type]
+            else SpeechData(train, config.data, processor.text_ids, seed)  # type: ignore[arg-type]  # likewise
         )
         self._decode_jointly(config.ctc_decoding_weight)
         self._use_context()

@@ -54,7 +54,7 @@ def with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
                 name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
             )
         )
-    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     parsed.__annotations__ = {each.name: each.annotation for each in parameters}
     return parsed
 

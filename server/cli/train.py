@@ -77,7 +77,7 @@ def takes(name: str, make: Callable[..., Any], **defaults: Any) -> Callable[...,
             for option in options.values()
         ]
         parameters.sort(key=lambda parameter: parameter.kind)
-        taking.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        taking.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]  # typer reads it
         taking.__annotations__ = {p.name: p.annotation for p in parameters}
         return taking
 

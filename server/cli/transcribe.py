@@ -96,8 +96,8 @@ def transcribe(
     Status: 0, all is well; 1, some failed, each with its reason on standard error; 2, bad usage.
     """  # fmt: skip
     given = {"language": language, "prompt": prompt, "hotwords": hotwords, "timestamps": timestamps}
-    options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]
-    wire_format: ResponseFormat = "json" if form == JSON_LINES else form  # type: ignore[assignment]
+    options: Options = {name: value for name, value in given.items() if value is not None}  # type: ignore[assignment]  # a TypedDict, of its own keys
+    wire_format: ResponseFormat = "json" if form == JSON_LINES else form  # type: ignore[assignment]  # the rest of the forms
     for option, value in (("--model", model), ("--device", device)):
         if server is not None and value is not None:
             _end(f"--server has a {option[2:]} of its own: leave out {option}", _BAD_USAGE)

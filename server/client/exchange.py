@@ -138,7 +138,7 @@ def transcribe_request(
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return str(value) if isinstance(value, str | int | float) else ",".join(map(str, value))  # type: ignore[call-overload]
+    return str(value) if isinstance(value, str | int | float) else ",".join(map(str, value))  # type: ignore[call-overload]  # a sequence is what is left
 
 
 def transport_error(error: httpx.HTTPError) -> ClientError:

@@ -11,6 +11,25 @@ import triton.language as tl
 
 
 @triton.jit
+def _load_block(keys_ptr, values_ptr, start, column, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's tokens from `start` to before `column`: keys in two halves, values, which are there.
+
+    (W / 2, BLOCK), (W / 2, BLOCK), (BLOCK, W), (BLOCK,).
+    """
+    half: tl.constexpr = WIDTH // 2
+    low = tl.arange(0, half)
+    whole = tl.arange(0, WIDTH)
+    tokens = start + tl.arange(0, BLOCK)
+    is_there = tokens < column
+    key_ptr = keys_ptr + tokens[None, :] * WIDTH + low[:, None]
+    key_low = tl.load(key_ptr, mask=is_there[None, :], other=0.0)
+    key_high = tl.load(key_ptr + half, mask=is_there[None, :], other=0.0)
+    value_ptr = values_ptr + tokens[:, None] * WIDTH + whole[None, :]
+    value = tl.load(value_ptr, mask=is_there[:, None], other=0.0)
+    return key_low, key_high, value, is_there
+
+
+@triton.jit
 def _take_in(
     query_low, query_high, key_low, key_high, value, is_there, scale, largest, total, attended
 ):
@@ -66,13 +85,9 @@ def attend(
     first = 0
     if window > 0:
         first = tl.maximum(column - window + 1, 0)
-    tokens = first + tl.arange(0, BLOCK)
-    is_there = tokens < column
-    block_ptr = keys_ptr + tokens[None, :] * WIDTH + low[:, None]
-    block_low = tl.load(block_ptr, mask=is_there[None, :], other=0.0)
-    block_high = tl.load(block_ptr + half, mask=is_there[None, :], other=0.0)
-    value_ptr = values_ptr + tokens[:, None] * WIDTH + whole[None, :]
-    block = tl.load(value_ptr, mask=is_there[:, None], other=0.0)
+    block_low, block_high, block, is_there = _load_block(
+        keys_ptr, values_ptr, first, column, WIDTH, BLOCK
+    )
     angle = tl.load(positions_ptr + row).to(tl.float32) * tl.load(frequencies_ptr + low)
     # Rounded as transformers does.
     cos = (tl.cos(angle) * amplitude).to(dtype).to(tl.float32)
@@ -111,13 +126,9 @@ def attend(
         scale, largest, total, attended,
     )  # fmt: skip
     for start in range(first + BLOCK, column, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        is_there = tokens < column
-        block_ptr = keys_ptr + tokens[None, :] * WIDTH + low[:, None]
-        block_low = tl.load(block_ptr, mask=is_there[None, :], other=0.0)
-        block_high = tl.load(block_ptr + half, mask=is_there[None, :], other=0.0)
-        value_ptr = values_ptr + tokens[:, None] * WIDTH + whole[None, :]
-        block = tl.load(value_ptr, mask=is_there[:, None], other=0.0)
+        block_low, block_high, block, is_there = _load_block(
+            keys_ptr, values_ptr, start, column, WIDTH, BLOCK
+        )
         largest, total, attended = _take_in(
             turned_low, turned_high, block_low, block_high, block, is_there,
             scale, largest, total, attended,
