@@ -25,9 +25,9 @@ from server.engine.shared_samples import SharedSamples
 from server.metrics import merge_metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
 
-    from server.engine.interface import Engine
+    from server.engine.continuous import ContinuousEngine
 
 SAMPLE_RATE_HZ = 16_000
 WARM_UP_CLIPS = 50
@@ -44,15 +44,11 @@ class _InstantEngine:
     async def stop(self) -> None:
         """Nothing to end."""
 
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """As many as there are."""
-        return [b"a"] * len(token_ids)
-
-    async def submit(self, request: EngineRequest) -> EngineResult:
+    def begin(self, request: EngineRequest, end: Callable[[EngineResult], None]) -> int:
         """Look at the first and the last sample, as a model would at all of them."""
         if not float(request.waveform[0]) == float(request.waveform[-1]) == 1.0:
             raise ValueError("these are not the samples that were sent")
-        return EngineResult(
+        result = EngineResult(
             text="a",
             language=None,
             finish_reason="stop",
@@ -64,6 +60,11 @@ class _InstantEngine:
             first_token_s=0.0,
             batch_size=1,
         )
+        asyncio.get_running_loop().call_soon(end, result)
+        return 0
+
+    def cancel(self, key: int) -> None:
+        """Answered already."""
 
     def stats(self) -> EngineStats:
         """Nothing ever waits."""
@@ -88,7 +89,7 @@ def _serve(
 
     async def serve() -> None:
         host = EngineHost(
-            cast("Engine", _InstantEngine()),
+            cast("ContinuousEngine", _InstantEngine()),
             board,
             own_metrics=lambda: b"",
             merge_metrics=merge_metrics,

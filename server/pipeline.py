@@ -170,6 +170,7 @@ def _segment(part: Transcribed) -> Segment:
         logprobs=result.logprobs,
         finish_reason=result.finish_reason,
         hypotheses=result.hypotheses,
+        token_bytes=result.token_bytes,
     )
 
 

@@ -603,8 +603,7 @@ class RealtimeSession:
     def _logprobs(self, item: _Item) -> tuple[tuple[bytes, float], ...]:
         told: list[tuple[bytes, float]] = []
         for result in item.results:
-            pieces = self._engine.token_bytes(result.token_ids)
-            told += zip(pieces, result.logprobs or (), strict=False)
+            told += zip(result.token_bytes or (), result.logprobs or (), strict=False)
         return tuple(each for each in told if each[0])  # special tokens are no text
 
 

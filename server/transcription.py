@@ -44,6 +44,7 @@ class Segment:
         words: placed in time; None unless word times were asked for and the checkpoint can.
         token_ids: of the LLM.
         logprobs: of the tokens, natural logarithms; None if not asked for.
+        token_bytes: what each token adds to the text, in UTF-8; None where `logprobs` is.
         finish_reason: stop, length or loop.
         hypotheses: the n best, if several were asked for.
     """
@@ -56,6 +57,7 @@ class Segment:
     logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
     hypotheses: tuple[Hypothesis, ...] = ()
+    token_bytes: tuple[bytes, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,10 +127,10 @@ def _word(word: Word) -> WordBody:
 def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBody]:
     answers = []
     for segment in transcription.segments:
-        pieces = runtime.engine.token_bytes(segment.token_ids)
+        spelt = zip(segment.token_bytes or (), segment.logprobs or (), strict=False)
         answers += [
             logprob_body(piece, logprob)
-            for piece, logprob in zip(pieces, segment.logprobs or (), strict=False)
+            for piece, logprob in spelt
             if piece  # special tokens are no text
         ]
     return answers

@@ -9,11 +9,12 @@ import logging
 import queue
 import threading
 import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.core import EngineCore, Outcome
-from server.engine.intake import Gate, Pending, end_all
-from server.engine.interface import ALL_GUARDS, EngineStats
+from server.engine.intake import Gate, Pending
+from server.engine.interface import ALL_GUARDS, EngineResult, EngineStats
 from server.errors import (
     DeadlineExceededError,
     InferenceFailedError,
@@ -23,14 +24,13 @@ from server.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from server.engine.admission import Admission, Ticket
     from server.engine.interface import (
         Capabilities,
         EngineRequest,
-        EngineResult,
         Guards,
         IterationReport,
         Runner,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+Answer = EngineResult | ServerError
 
 _MAX_RESTARTS = 1
 _DEADLINE_GRACE_S = 5.0  # for the iteration under way; longer, and the device hangs
@@ -72,7 +74,6 @@ class ContinuousEngine:
         self._guards = guards
         self._on_iteration = on_iteration
         self._admission = admission
-        # Whoever waits leaves by itself, and takes its request out of the core, too.
         self._waiting: dict[int, _Submitted] = {}
         self._keys = itertools.count()
         self._thread: _DeviceThread | None = None
@@ -88,12 +89,6 @@ class ContinuousEngine:
         if self._core is None:
             raise NotReadyError("the model is not loaded")
         return self._core.runner.capabilities
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """What each token adds to a text."""
-        if self._core is None:
-            raise NotReadyError("the model is not loaded")
-        return self._core.runner.token_bytes(token_ids)
 
     async def start(self) -> None:
         """Load and warm up in the device's thread."""
@@ -127,16 +122,11 @@ class ContinuousEngine:
 
     async def submit(self, request: EngineRequest) -> EngineResult:
         """Queue a clip and wait for its transcript."""
-        thread = self._thread
-        if self._core is None or thread is None:
-            raise NotReadyError("the engine is not running")
-        key = next(self._keys)
-        waiting = self._waiting[key] = _Submitted(request)
-        arrived_s = time.monotonic()
-        thread.post(lambda core: core.submit(key, request, arrived_s))
+        waiting = Pending(request.on_piece)
+        key = self.begin(replace(request, on_piece=request.on_piece and waiting.tell), waiting.end)
         patience_s = None
         if request.deadline_s is not None:
-            patience_s = max(0.0, request.deadline_s - arrived_s) + _DEADLINE_GRACE_S
+            patience_s = max(0.0, request.deadline_s - time.monotonic()) + _DEADLINE_GRACE_S
         try:
             # The device's thread answers at the deadline, unless it hangs.
             async with asyncio.timeout(patience_s):
@@ -145,9 +135,40 @@ class ContinuousEngine:
         except TimeoutError as error:
             raise DeadlineExceededError("the device did not answer in time") from error
         finally:
-            # Still there: the client left, or it was refused from here.
-            if self._waiting.pop(key, None) is not None:
-                thread.post(lambda core: core.cancel(key))
+            self.cancel(key)
+
+    def begin(self, request: EngineRequest, end: Callable[[Answer], None]) -> int:
+        """Queue a clip; for those who have many, and a loop of their own.
+
+        Args:
+            request: what is wanted.
+            end: called with the answer or the error in its place, once, on the event loop; not if
+                the clip is cancelled before.
+
+        Returns:
+            What `cancel` takes.
+
+        Raises:
+            NotReadyError: the engine is not running.
+        """
+        if self._core is None or self._thread is None:
+            raise NotReadyError("the engine is not running")
+        key = next(self._keys)
+        self._waiting[key] = _Submitted(request, end)
+        arrived_s = time.monotonic()
+        self._thread.post(lambda core: core.submit(key, request, arrived_s))
+        return key
+
+    def cancel(self, key: int) -> None:
+        """Take a clip out of the queue or its slot, if it has not ended."""
+        if self._waiting.pop(key, None) is not None and self._thread is not None:
+            self._thread.post(lambda core: core.cancel(key))
+
+    def _end_all(self, error: ServerError) -> None:
+        """Answer everybody with an error."""
+        for key, submitted in list(self._waiting.items()):
+            self.cancel(key)
+            submitted.end(error)
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what is admitted; after `timeout_s`, refuse the rest."""
@@ -155,10 +176,7 @@ class ContinuousEngine:
         if self._thread is not None:
             self._thread.post(EngineCore.hurry)
         await self._gate.wait_until_empty(timeout_s)
-        end_all(
-            self._waiting.values(),
-            ShuttingDownError("the server shut down before this request was done"),
-        )
+        self._end_all(ShuttingDownError("the server shut down before this request was done"))
 
     async def stop(self) -> None:
         """End after the running iteration, and wait for the device's thread, but not for ever."""
@@ -167,7 +185,7 @@ class ContinuousEngine:
             self._restarting.cancel()
             await asyncio.wait([self._restarting])
         self._core = None
-        end_all(self._waiting.values(), ShuttingDownError("the server is shutting down"))
+        self._end_all(ShuttingDownError("the server is shutting down"))
         if self._thread is not None:
             await self._thread.stop()
 
@@ -194,23 +212,24 @@ class ContinuousEngine:
 
     def _deliver(self, outcome: Outcome) -> None:
         for key, piece in outcome.pieces:
-            if (waiting := self._waiting.get(key)) is not None:
-                waiting.tell(piece)
+            submitted = self._waiting.get(key)
+            if submitted is not None and submitted.request.on_piece is not None:
+                submitted.request.on_piece(piece)
         finished_s = 0.0
         for key, answer in outcome.answers:
             # Gone: its client has left meanwhile.
-            if (waiting := self._waiting.pop(key, None)) is None:
+            if (submitted := self._waiting.pop(key, None)) is None:
                 continue
-            waiting.end(answer)
+            submitted.end(answer)
             # Silence took no work, and says nothing of how fast work is done.
             if not isinstance(answer, ServerError) and answer.batch_size:
-                finished_s += waiting.audio_s
+                finished_s += submitted.request.audio_s
         self._admission.rate.record(audio_s=finished_s, busy_s=outcome.busy_s)
 
     def _on_death(self, error: Exception) -> None:
         """Answer everybody; start again once."""
         self._core = None
-        end_all(self._waiting.values(), InferenceFailedError("the engine has died"))
+        self._end_all(InferenceFailedError("the engine has died"))
         if self._restarts < _MAX_RESTARTS:
             self._restarts += 1
             self._restarting = asyncio.create_task(self._restart())
@@ -230,12 +249,12 @@ class ContinuousEngine:
             self._death.set_result(error)
 
 
-class _Submitted(Pending):
-    """A request in the core."""
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """A request in the core, and who waits for its answer."""
 
-    def __init__(self, request: EngineRequest) -> None:
-        super().__init__(request.on_piece)
-        self.audio_s = request.audio_s
+    request: EngineRequest
+    end: Callable[[Answer], None]
 
 
 class _DeviceThread:

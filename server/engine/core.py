@@ -468,7 +468,7 @@ class EngineCore:
             self._outcome.answers.append((active.queued.key, _guilty()))
         elif generation.finish_reason is not None:
             self._leave(active, generation.finish_reason)
-            self._outcome.answers.append((active.queued.key, self._result(active, now_s)))
+            self._outcome.answers.append((active.queued.key, self._answer(active, now_s)))
         return did_well
 
     def _push_token(self, active: _Active, generation: Generation, token: Token) -> None:
@@ -520,6 +520,13 @@ class EngineCore:
         piece = Piece(text, token, active.generation.finish_reason)
         self._outcome.pieces.append((active.queued.key, piece))
 
+    def _answer(self, active: _Active, now_s: float) -> EngineResult | ServerError:
+        try:
+            return self._result(active, now_s)
+        except Exception:  # noqa: BLE001 - a tokenizer may raise anything; logged
+            self._note_failure("spell", [active.queued])
+            return _guilty()
+
     def _result(self, active: _Active, now_s: float) -> EngineResult:
         generation = active.generation
         if (
@@ -530,12 +537,16 @@ class EngineCore:
             raise RuntimeError(f"request {active.queued.request.id} has not ended")
         report = active.report()
         text = self.runner.text(generation.token_ids)
+        asks_for_logprobs = active.plan.decoding.logprobs
         return EngineResult(
             text=text,
             language=self.runner.language(text),
             finish_reason=generation.finish_reason,
             token_ids=tuple(generation.token_ids),
-            logprobs=tuple(generation.logprobs) if active.plan.decoding.logprobs else None,
+            logprobs=tuple(generation.logprobs) if asks_for_logprobs else None,
+            token_bytes=(
+                tuple(self.runner.token_bytes(generation.token_ids)) if asks_for_logprobs else None
+            ),
             hypotheses=self._hypotheses(active),
             queue_s=active.started_s - active.queued.arrived_s,
             encode_s=report.encode_s,
@@ -584,6 +595,7 @@ def _nothing_said(decoding: Decoding) -> EngineResult:
         first_token_s=0.0,
         batch_size=0,
         logprobs=() if decoding.logprobs else None,
+        token_bytes=() if decoding.logprobs else None,
         hypotheses=(Hypothesis("", 0.0),) if decoding.n_best > 1 else (),
     )
 

@@ -112,6 +112,7 @@ class EngineResult:
         first_token_s: from submission to its first token.
         batch_size: clips it was encoded with; 0 for silence, which the model did not see.
         logprobs: of the tokens, natural logarithms; None where they were not asked for.
+        token_bytes: what each token adds to the text, in UTF-8; None where `logprobs` is.
         hypotheses: the n best answers of a beam search, the best, which is `text`, first; empty
             where no more than one was asked for.
         words: of the text, placed in the clip; None where they were not asked for, or cannot be.
@@ -128,6 +129,7 @@ class EngineResult:
     first_token_s: float
     batch_size: int
     logprobs: tuple[float, ...] | None = None
+    token_bytes: tuple[bytes, ...] | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
     words: tuple[Word, ...] | None = None
 
@@ -268,9 +270,6 @@ class Engine(Protocol):
             NotReadyError: it is not loaded yet.
         """
 
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """What each token adds to a text, in UTF-8; a character may need several tokens."""
-
     async def start(self) -> None:
         """Load and warm up; the loop stays free meanwhile."""
 
@@ -352,7 +351,7 @@ class Runner(Protocol):
         """What the checkpoint can be asked for."""
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """What each token adds to a text, in UTF-8. Unlike the rest, called from any thread."""
+        """What each token adds to a text, in UTF-8; a character may need several tokens."""
 
     @property
     def window_s(self) -> float:

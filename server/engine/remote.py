@@ -3,31 +3,30 @@
     front end ── admit, submit, cancel ──> engine's process
               <── pieces, answers, death ──
 
-A message is a pickle behind its length. Both ends are processes of this program that were started
-with one end of a socket pair each; nobody else can write to it. Samples lie in memory that both
-share, and every clip that was submitted is answered, cancelled ones too: then the front end uses
-their place again. (The device's thread may still read that of a cancelled one, of which nobody sees
-anything.) What admission looks at lies in the shared board, so that a refusal asks nobody.
+Messages go as a pickle of some of them, behind its length. Both ends are processes of this program
+that were started with one end of a socket pair each; nobody else can write to it. Samples lie in
+memory that both share, and every clip that was submitted is answered, cancelled ones too: then the
+front end uses their place again. (The device's thread may still read that of a cancelled one, of
+which nobody sees anything.) What admission looks at lies in the shared board, so that a refusal
+asks nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import math
 import pickle
 import socket
 import struct
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from server.engine.intake import Gate, Pending, end_all
-from server.engine.interface import EngineStats
+from server.engine.interface import EngineRequest, EngineStats
 from server.errors import (
     DeadlineExceededError,
     InferenceFailedError,
@@ -37,57 +36,57 @@ from server.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Sequence
+    from collections.abc import Generator, Sequence
     from contextlib import AbstractContextManager
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from server.board import Board
     from server.engine.admission import Admission, Ticket
-    from server.engine.interface import Capabilities, Engine, EngineRequest, EngineResult
+    from server.engine.continuous import ContinuousEngine
+    from server.engine.interface import Capabilities, EngineResult
     from server.engine.shared_samples import Place, SharedSamples
-
-_log = logging.getLogger(__name__)
 
 _LENGTH = struct.Struct(">Q")  # bytes of the pickle
 _BUFFER_BYTES = 1 << 20
-_NOTHING = np.zeros(0, np.float32)
 _DEADLINE_GRACE_S = 10.0  # for the engine to say itself that it is over
 _POST_INTERVAL_S = 0.05  # of the engine's numbers on the board
 _METRICS_TIMEOUT_S = 2.0
 
+_Message = tuple[str, int, Any]  # kind, key, value
+_Hear = Callable[[str, int, Any], None]
 
-@dataclass(frozen=True)  # no slots: with them, Python's own code pickles it, field by field
-class _Answer:
-    """An answer, and the bytes of its tokens."""
 
-    result: EngineResult
-    token_bytes: dict[int, bytes]
+def _hear_nothing(_kind: str, _key: int, _value: object) -> None:
+    """Until somebody listens."""
 
 
 class _Channel(asyncio.BufferedProtocol):
-    """One end of the socket pair."""
+    """One end of the socket pair. What is sent within one turn of the event loop goes as one."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._messages: asyncio.Queue[tuple[str, int, Any] | None] = asyncio.Queue()
+        self._hear: _Hear = _hear_nothing
+        self._outbox: list[_Message] = []
         self._can_write = asyncio.Event()
         self._closed = asyncio.Event()
+        self._error: Exception | None = None
         self._parts = self._receive_parts()
         self._unfilled = next(self._parts)
 
     @classmethod
     async def over(cls, end: socket.socket) -> _Channel:
+        """Connect; nothing is received before `listen`."""
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         _, channel = await asyncio.get_running_loop().create_unix_connection(cls, sock=end)
         return channel
 
     def send(self, kind: str, key: int, value: object = None) -> None:
-        transport = self._transport
-        if transport is not None and not transport.is_closing():
-            message = pickle.dumps((kind, key, value))
-            transport.write(_LENGTH.pack(len(message)) + message)
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.append((kind, key, value))
 
     async def drain(self) -> None:
         """Wait for room to send more; raises OSError where the other process is gone."""
@@ -95,36 +94,61 @@ class _Channel(asyncio.BufferedProtocol):
         if self._closed.is_set():
             raise ConnectionResetError
 
-    async def receive(self) -> tuple[str, int, Any]:
-        """Raises OSError where the other process is gone."""
-        message = await self._messages.get()
-        if message is None:
-            self._messages.put_nowait(None)  # for whoever asks again
-            raise ConnectionResetError
-        return message
+    async def listen(self, hear: _Hear) -> None:
+        """Have `hear` called with each message until the other process is gone.
+
+        Raises:
+            Exception: what was received is no message, or what is to be sent cannot be; or `hear`
+                raised it. The channel is closed then.
+        """
+        self._hear = hear
+        if self._transport is not None:
+            self._transport.resume_reading()
+        await self._closed.wait()
+        if self._error is not None:
+            raise self._error
 
     async def close(self) -> None:
         if self._transport is not None:
+            self._flush()
             self._transport.close()
             await self._closed.wait()
+
+    def _flush(self) -> None:
+        transport, messages = self._transport, self._outbox
+        self._outbox = []
+        if not messages or transport is None or transport.is_closing():
+            return
+        try:
+            message = pickle.dumps(messages)
+        except Exception as error:  # noqa: BLE001 - better no channel than one that loses messages
+            self._give_up(error)
+        else:
+            transport.write(_LENGTH.pack(len(message)) + message)
 
     def _receive_parts(self) -> Generator[memoryview]:
         """Yield what is to be filled next; messages are complete in between."""
         length = bytearray(_LENGTH.size)
         while True:
             yield memoryview(length)
-            message = bytearray(*_LENGTH.unpack(length))
-            yield memoryview(message)
-            self._messages.put_nowait(pickle.loads(message))  # noqa: S301 - from our own process
+            messages = bytearray(*_LENGTH.unpack(length))
+            yield memoryview(messages)
+            for message in pickle.loads(messages):  # noqa: S301 - from our own process
+                self._hear(*message)
+
+    def _give_up(self, error: Exception) -> None:
+        self._error = error
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - of a socket
         self._transport = transport
+        transport.pause_reading()
         self._can_write.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closed.set()
         self._can_write.set()
-        self._messages.put_nowait(None)
 
     def pause_writing(self) -> None:
         self._can_write.clear()
@@ -136,9 +160,13 @@ class _Channel(asyncio.BufferedProtocol):
         return self._unfilled
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._unfilled = (
-            self._unfilled[nbytes:] if nbytes < len(self._unfilled) else next(self._parts)
-        )
+        if nbytes < len(self._unfilled):
+            self._unfilled = self._unfilled[nbytes:]
+            return
+        try:
+            self._unfilled = next(self._parts)
+        except Exception as error:  # noqa: BLE001 - handed on
+            self._give_up(error)
 
 
 class RemoteEngine:
@@ -176,7 +204,6 @@ class RemoteEngine:
         self._lent: dict[int, Place] = {}
         self._has_room = asyncio.Event()
         self._keys = itertools.count()
-        self._token_bytes: dict[int, bytes] = {}
         self._gate = Gate(admission)
 
     @property
@@ -185,10 +212,6 @@ class RemoteEngine:
         if self._capabilities is None:
             raise NotReadyError("the model is not loaded")
         return self._capabilities
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """What each token of an answer that was given adds to its text."""
-        return [self._token_bytes[token_id] for token_id in token_ids]
 
     async def start(self) -> None:
         """Wait until the model is loaded in its process."""
@@ -219,17 +242,17 @@ class RemoteEngine:
             raise NotReadyError("the engine is not running")
         key = next(self._keys)
         waiting = self._waiting[key] = Pending(request.on_piece)
-        streams = request.on_piece is not None
         patience_s = None
         if request.deadline_s is not None:
             patience_s = max(0.0, request.deadline_s - time.monotonic()) + _DEADLINE_GRACE_S
         try:
             async with asyncio.timeout(patience_s):
                 place = self._lent[key] = await self._put(request.waveform)
-                told = replace(request, waveform=_NOTHING, on_piece=None)
-                channel.send("submit", key, (told, place, streams))
+                streams = request.on_piece is not None
+                told = vars(request) | {"waveform": place, "on_piece": streams}
+                channel.send("submit", key, told)
                 await channel.drain()
-                answered: _Answer = await waiting.answer
+                result: EngineResult = await waiting.answer
         except TimeoutError as error:
             raise DeadlineExceededError("the engine did not answer in time") from error
         except OSError as error:
@@ -238,8 +261,7 @@ class RemoteEngine:
             # Still there: the client left, or it was refused from here.
             if self._waiting.pop(key, None) is not None:
                 channel.send("cancel", key)
-        self._token_bytes |= answered.token_bytes
-        return answered.result
+        return result
 
     async def _put(self, waveform: NDArray[np.float32]) -> Place:
         """Put samples where the engine sees them, as soon as there is room; raises OSError."""
@@ -314,13 +336,11 @@ class RemoteEngine:
 
     async def _listen(self, channel: _Channel) -> None:
         try:
-            while True:
-                kind, key, value = await channel.receive()
-                self._hear(channel, kind, key, value)
-        except OSError:
-            self._die(RuntimeError("the engine's process has ended"))
+            await channel.listen(partial(self._hear, channel))
         except Exception as error:  # noqa: BLE001 - nobody would hear the answers any more
             self._die(error)
+        else:
+            self._die(RuntimeError("the engine's process has ended"))
 
     def _hear(
         self,
@@ -359,7 +379,7 @@ class EngineHost:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ContinuousEngine,
         board: Board,
         *,
         own_metrics: Callable[[], bytes],
@@ -384,6 +404,7 @@ class EngineHost:
         self._replies: dict[int, asyncio.Future[bytes]] = {}
         self._keys = itertools.count()
         self._posting: asyncio.Task[None] | None = None
+        self._collecting: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Load the model, and tell the front ends of it, or of why it cannot be."""
@@ -416,66 +437,36 @@ class EngineHost:
         Args:
             end: of the socket pair; the front end holds the other.
             samples: shared with it.
+
+        Raises:
+            Exception: what it sent is no message.
         """
         channel = await _Channel.over(end)
         self._channels[channel] = b""
         if self._capabilities is not None:
             channel.send("loaded", 0, self._capabilities)
-        tasks: dict[int, asyncio.Task[None]] = {}
+        clips = _Clips(self._engine, channel, samples)
+
+        def hear(kind: str, key: int, value: Any) -> None:  # noqa: ANN401 - likewise
+            if kind == "submit":
+                clips.submit(key, value)
+            elif kind == "cancel":
+                clips.cancel(key)
+            elif kind == "collected":
+                if (reply := self._replies.get(key)) is not None and not reply.done():
+                    reply.set_result(value)
+            else:
+                collecting = asyncio.create_task(self._collect(channel, key))
+                self._collecting.add(collecting)
+                collecting.add_done_callback(self._collecting.discard)
+
         try:
-            while True:
-                kind, key, value = await channel.receive()
-                if kind == "cancel":
-                    if (task := tasks.get(key)) is not None:
-                        task.cancel()
-                elif kind == "collected":
-                    if (reply := self._replies.get(key)) is not None and not reply.done():
-                        reply.set_result(value)
-                elif kind == "collect":
-                    self._begin(tasks, key, self._collect(channel, key))
-                else:
-                    request, place, streams = value
-                    tell = partial(channel.send, "piece", key) if streams else None
-                    clip = replace(request, waveform=samples.view(place), on_piece=tell)
-                    task = self._begin(tasks, key, self._answer(channel, key, clip))
-                    task.add_done_callback(partial(self._tell_of_the_end, channel, key))
-        except OSError:
-            pass
+            await channel.listen(hear)
         finally:
             # What it counted stays counted, or sums over all processes would go down.
             self._ended = [self._merge_metrics([], [*self._ended, self._channels.pop(channel)])]
-            ending = list(tasks.values())
-            for task in ending:
-                task.cancel()
-            await asyncio.gather(*ending, return_exceptions=True)
+            clips.cancel_all()
             await channel.close()
-
-    @staticmethod
-    def _begin(
-        tasks: dict[int, asyncio.Task[None]], key: int, work: Coroutine[None, None, None]
-    ) -> asyncio.Task[None]:
-        tasks[key] = task = asyncio.create_task(work)
-        task.add_done_callback(lambda _: tasks.pop(key, None))
-        return task
-
-    @staticmethod
-    def _tell_of_the_end(channel: _Channel, key: int, task: asyncio.Task[None]) -> None:
-        """Answer what ended without an answer; nobody may wait for more than its samples' place."""
-        if task.cancelled() or task.exception() is not None:
-            channel.send("answer", key, InferenceFailedError("the engine has dropped this audio"))
-
-    async def _answer(self, channel: _Channel, key: int, request: EngineRequest) -> None:
-        try:
-            result = await self._engine.submit(request)
-            ids = sorted(set(result.token_ids))
-            spelt = dict(zip(ids, self._engine.token_bytes(ids), strict=True))
-        except ServerError as error:
-            channel.send("answer", key, error)
-        except Exception:  # noqa: BLE001 - the front end must not wait for ever
-            _log.exception("the engine raised what it should not")
-            channel.send("answer", key, InferenceFailedError("the model failed on this audio"))
-        else:
-            channel.send("answer", key, _Answer(result, spelt))
 
     async def _collect(self, channel: _Channel, key: int) -> None:
         """Gather the metrics of all processes; one that does not answer in time is as last seen."""
@@ -504,6 +495,42 @@ class EngineHost:
 
     def _post_once(self) -> None:
         _Posted.of(self._engine.stats()).write(self._board)
+
+
+class _Clips:
+    """What one front end has in the engine. Each of its clips is answered once, come what may."""
+
+    def __init__(self, engine: ContinuousEngine, channel: _Channel, samples: SharedSamples) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._samples = samples
+        self._keys: dict[int, int] = {}  # the engine's, by the front end's
+
+    def submit(self, key: int, told: dict[str, Any]) -> None:
+        """Begin a clip, of which the front end has told all but its samples and its listener."""
+        waveform = self._samples.view(told["waveform"])
+        tell = partial(self._channel.send, "piece", key) if told["on_piece"] else None
+        request = EngineRequest(**told | {"waveform": waveform, "on_piece": tell})
+        try:
+            self._keys[key] = self._engine.begin(request, partial(self._answer, key))
+        except ServerError as error:
+            self._answer(key, error)
+
+    def cancel(self, key: int) -> None:
+        """Drop a clip, if it is not answered yet; nobody may wait for more than its place."""
+        if (begun := self._keys.get(key)) is not None:
+            self._engine.cancel(begun)
+            self._answer(key, InferenceFailedError("the engine has dropped this audio"))
+
+    def cancel_all(self) -> None:
+        """Drop them all: nobody is there to be answered."""
+        for begun in self._keys.values():
+            self._engine.cancel(begun)
+        self._keys.clear()
+
+    def _answer(self, key: int, answer: EngineResult | ServerError) -> None:
+        self._keys.pop(key, None)
+        self._channel.send("answer", key, answer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class SpeechRunner:
         self._pad_token_id = self._processor.tokenizer.pad_token_id  # which is slow to look up
         self._prompt_ids = lru_cache(_KEPT_PROMPTS)(self._processor.prompt_ids)
         self._audio_len = lru_cache(None)(partial(_count_audio, self._processor))
-        self._token_bytes = TokenBytes(self._processor.tokenizer)
+        self._token_bytes = cache(TokenBytes(self._processor.tokenizer))
         plan = plan_slots(
             layer_shapes(self._llm),
             self._llm.dtype,
@@ -235,7 +235,7 @@ class SpeechRunner:
         )
 
     def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """What each token adds to a text, in UTF-8; safe beside the device's thread."""
+        """What each token adds to a text, in UTF-8."""
         return [self._token_bytes(token_id) for token_id in token_ids]
 
     @property

@@ -311,7 +311,6 @@ def test_a_committed_turn_keeps_its_configuration():
 
     async def scenario():
         engine = ScriptedEngine()
-        engine.token_bytes = lambda token_ids: [b"w"] * len(token_ids)
         async with open_session(engine, config=first) as (session, events):
             for config in (second, first):
                 await session.append(pcm(speechlike(2.0)))

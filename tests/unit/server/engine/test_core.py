@@ -451,6 +451,24 @@ def test_a_failing_start_is_halved_not_repeated_one_by_one(runner):
     assert bench.reports[0].failures == 3
 
 
+def test_an_answer_that_cannot_be_spelt_fails_alone(runner, monkeypatch):
+    bench = Bench(runner)
+    shorter, longer = bench.submit(CLIPS[0]), bench.submit(CLIPS[3])
+    spell, asked = runner.text, []
+
+    def fail_once(token_ids):
+        asked.append(token_ids)
+        if len(asked) == 1:
+            raise TypeError("no token")
+        return spell(token_ids)
+
+    monkeypatch.setattr(runner, "text", fail_once)
+    bench.finish()
+    assert isinstance(bench.answers[shorter], InferenceFailedError)
+    assert bench.answers[longer].token_ids
+    assert runner._slots.used == 0
+
+
 def test_a_broken_device_ends_the_engine_and_is_not_blamed_on_a_request(runner):
     faulty = FaultyRunner(runner)
     bench = Bench(faulty)
