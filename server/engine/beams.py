@@ -166,9 +166,9 @@ class BeamSearch:
 def _length_before_loop(token_ids: Sequence[int]) -> int | None:
     """Tokens up to one copy of the loop that these run into; None without a loop."""
     detector = RepetitionDetector()
-    for end, token_id in enumerate(token_ids, start=1):
-        if repeated := detector.push(token_id):
-            return end - repeated
+    for place, token_id in enumerate(token_ids):
+        if repeated := detector.push(token_id, token_ids[:place]):
+            return place + 1 - repeated
     return None
 
 

@@ -88,6 +88,7 @@ class _Active:
         batch_size: clips in that batch.
         report: asks what starting them took.
         first_token_s: when its first token came.
+        has_left: whether it runs no more.
     """
 
     queued: _Queued
@@ -99,6 +100,7 @@ class _Active:
     batch_size: int = 0
     report: Callable[[], StartReport] | None = None
     first_token_s: float | None = None
+    has_left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,10 @@ class _Start:
     report: Callable[[], StartReport]
 
 
-_Stepped = list[tuple[_Active, tuple[int, ...]]]
-"""The requests of a step, each with the rows that it had."""
+_Stepped = list[_Active | None]
+"""The requests of a step, by row; None where what the row says is of no use any more."""
+
+_Output = Token | Candidates | None
 
 
 @dataclass(slots=True)
@@ -283,6 +287,7 @@ class EngineCore:
 
     def _leave(self, active: _Active, reason: EndReason) -> None:
         """End a request; `_release_left` frees its rows."""
+        active.has_left = True
         self._left.append((active, reason))
         del self._running[active.queued.key]
         self._ended[reason] += 1
@@ -392,20 +397,35 @@ class EngineCore:
         self._report.decoded_rows = len(outputs)
         self._report.decode_s = time.perf_counter() - began_s
         now_s = self._clock()
-        all_well = True
-        for active, rows in stepped:
-            if active.queued.key in self._running:
-                did_well = self._take(active, [outputs[row] for row in rows], now_s)
-                all_well = all_well and did_well
+        searches: dict[int, tuple[_Active, BeamSearch, list[_Output]]] = {}
+        failed: list[_Active] = []
+        for active, output in zip(stepped, outputs, strict=True):
+            if active is None or active.has_left:
+                continue
+            if isinstance(active.generation, BeamSearch):
+                key = active.queued.key
+                beams = [outputs[row] for row in active.rows]
+                searches[key] = active, active.generation, beams
+            elif isinstance(output, Token):
+                self._push_token(active, active.generation, output, now_s)
+            else:
+                failed.append(active)
+        # Behind the others, since they move rows.
+        for active, search, beams in searches.values():
+            if not self._push_candidates(active, search, beams, now_s):
+                failed.append(active)
+        for active in failed:
+            self._leave(active, "failed")
+            self._outcome.answers.append((active.queued.key, _guilty()))
         self._release_left()
-        if not all_well:
+        if failed:
             self.runner.probe()
 
-    def _next_outputs(self) -> tuple[_Stepped, list[Token | Candidates | None]]:
+    def _next_outputs(self) -> tuple[_Stepped, list[_Output]]:
         """Who was in the next step, and what it says of each row that there was."""
         stepped = self._ahead if self._ahead is not None else self._begin_step()
         if stepped is None:
-            stepped = self._stepped()
+            stepped = [*self._rows]
             return stepped, self._outputs_of(slice(0, len(self._rows)))
         self._ahead = self._begin_step()
         return stepped, self.runner.finish_step()
@@ -419,15 +439,11 @@ class EngineCore:
         except Exception:  # noqa: BLE001 - a model may raise anything; logged
             self._note_failure("begin a step of", _requests_of(self._rows))
         else:
-            return self._stepped()
+            return [*self._rows]  # a copy, since whoever leaves moves rows
         self.runner.recover()
         return None  # once nothing is ahead, it is tried on halves
 
-    def _stepped(self) -> _Stepped:
-        # Kept, since whoever leaves or branches moves rows.
-        return [(active, tuple(active.rows)) for active in self._running.values()]
-
-    def _outputs_of(self, rows: slice) -> list[Token | Candidates | None]:
+    def _outputs_of(self, rows: slice) -> list[_Output]:
         """What the model says of each row; None for those that it fails on even alone."""
         try:
             return self.runner.step(rows)
@@ -447,37 +463,36 @@ class EngineCore:
         ids = " ".join(each.request.id for each in batch)
         _log.exception("the model failed to %s a batch of %d: %s", call, len(batch), ids)
 
-    def _take(
-        self, active: _Active, outputs: Sequence[Token | Candidates | None], now_s: float
-    ) -> bool:
-        """Let a request's answer grow, by one output a row; returns whether the model did well."""
+    def _push_token(
+        self, active: _Active, generation: Generation, token: Token, now_s: float
+    ) -> None:
+        """Let an answer grow by a token."""
         if active.first_token_s is None:
             active.first_token_s = now_s
-        generation = active.generation
-        if isinstance(generation, BeamSearch):
-            candidates = [each for each in outputs if isinstance(each, Candidates)]
-            did_well = len(candidates) == len(outputs)
-            did_well = did_well and self._push_candidates(active, generation, candidates)
-        else:
-            (token,) = outputs
-            did_well = isinstance(token, Token)
-            if isinstance(token, Token):
-                self._push_token(active, generation, token)
-        if not did_well:
-            self._leave(active, "failed")
-            self._outcome.answers.append((active.queued.key, _guilty()))
-        elif generation.finish_reason is not None:
-            self._leave(active, generation.finish_reason)
-            self._outcome.answers.append((active.queued.key, self._answer(active, now_s)))
-        return did_well
-
-    def _push_token(self, active: _Active, generation: Generation, token: Token) -> None:
         if generation.push(token):
             self._restart(active)
         if active.stream is not None:
             self._tell(active, active.stream, token)
+        if generation.finish_reason is not None:
+            self._finish(active, generation.finish_reason, now_s)
 
     def _push_candidates(
+        self, active: _Active, search: BeamSearch, outputs: Sequence[_Output], now_s: float
+    ) -> bool:
+        """Let a search go on by one output for each beam; returns whether the model did well."""
+        if active.first_token_s is None:
+            active.first_token_s = now_s
+        candidates = [each for each in outputs if isinstance(each, Candidates)]
+        did_well = len(candidates) == len(outputs) and self._branch(active, search, candidates)
+        if did_well and search.finish_reason is not None:
+            self._finish(active, search.finish_reason, now_s)
+        return did_well
+
+    def _finish(self, active: _Active, reason: EndReason, now_s: float) -> None:
+        self._leave(active, reason)
+        self._outcome.answers.append((active.queued.key, self._answer(active, now_s)))
+
+    def _branch(
         self, active: _Active, search: BeamSearch, candidates: Sequence[Candidates]
     ) -> bool:
         branches = search.push(candidates)
@@ -512,7 +527,7 @@ class EngineCore:
             self._release(freed)
         self.runner.restart(active.rows[0], LOOP_RETRY_PENALTY)
         if self._ahead is not None:  # which goes on with the answer of before
-            self._ahead = [each for each in self._ahead if each[0] is not active]
+            self._ahead = [None if each is active else each for each in self._ahead]
 
     def _tell(self, active: _Active, stream: TextStream, token: Token) -> None:
         is_last = active.generation.finish_reason is not None

@@ -23,22 +23,22 @@ class RepetitionDetector:
 
     def __init__(self) -> None:
         """Begin before the first token."""
-        self._tokens: list[int] = []
         # How many tokens in a row equal the one n before them, for each n that is not at 0.
         self._runs: dict[int, int] = {}
 
-    def push(self, token: int) -> int:
-        """Take the next token.
+    def push(self, token: int, before: Sequence[int]) -> int:
+        """Take the next token of an answer, and all that stand before it.
 
         Returns:
             How many of the latest tokens only repeat what stands before them; 0 without a loop.
         """
-        before = self._tokens[: -_MAX_UNIT_TOKENS - 1 : -1]  # the latest first
-        self._tokens.append(token)
-        if token not in before:  # most are not
-            self._runs = {}
+        recent = before[-_MAX_UNIT_TOKENS:]
+        if token not in recent:  # most are not
+            if self._runs:
+                self._runs = {}
             return 0
-        self._runs = {n: self._runs.get(n, 0) + 1 for n, t in enumerate(before, 1) if t == token}
+        same = [n for n, earlier in enumerate(reversed(recent), 1) if earlier == token]
+        self._runs = {n: self._runs.get(n, 0) + 1 for n in same}
         for n, run in self._runs.items():
             if run + n >= max(_MIN_COPIES * n, _MIN_LOOP_TOKENS):
                 return run
@@ -86,21 +86,22 @@ class Generation:
         Returns:
             Whether to begin again, under a repetition penalty; what was generated is dropped.
         """
-        if token.id in self._stop_ids:
+        token_id, token_ids = token.id, self.token_ids
+        if token_id in self._stop_ids:
             self.finish_reason = "stop"
             return False
-        self.token_ids.append(token.id)
+        repeated = self._detector.push(token_id, token_ids) if self._detector is not None else 0
+        token_ids.append(token_id)
         if token.logprob is not None:
             self.logprobs.append(token.logprob)
-        repeated = self._detector.push(token.id) if self._detector is not None else 0
         if repeated and self._may_retry and not self.retried:
             self._begin_again()
             return True
         if repeated:
             # One copy of what it repeats stays.
-            del self.token_ids[-repeated:], self.logprobs[-repeated:]
+            del token_ids[-repeated:], self.logprobs[-repeated:]
             self.finish_reason = "loop"
-        elif len(self.token_ids) == self._max_tokens:
+        elif len(token_ids) == self._max_tokens:
             self.finish_reason = "length"
         return False
 

@@ -180,11 +180,12 @@ class SpeechRunner:
             else RecordedAudioEncoder(*parts, record, most_clips=plan.n_slots)
         )
         self._rows: list[_Row] = []
-        # By row: what it feeds next, its `position_offset`, and where the launched step leaves its
-        # token, if it is in that one.
+        # By row: what it feeds next, its `position_offset`, where the launched step leaves its
+        # token, if it is in that one, and whether its sampler is plain.
         self._next_ids = np.full(plan.n_slots, HELD)
         self._offsets = np.zeros(plan.n_slots, np.int64)
         self._sources = np.full(plan.n_slots, NO_SOURCE)
+        self._is_plain = np.zeros(plan.n_slots, bool)
         self._launched: deque[Launched] = deque()
         self.stop_ids = self._stop_ids()
         _log.info(
@@ -353,6 +354,7 @@ class SpeechRunner:
         self._slots.join([row.prompt_tokens - 1 for row in rows])
         self._next_ids[joined], self._sources[joined] = HELD, NO_SOURCE
         self._offsets[joined] = [row.position_offset for row in rows]
+        self._is_plain[joined] = [row.sampler.is_plain for row in rows]
         self._rows += rows
 
         @cache
@@ -446,7 +448,7 @@ class SpeechRunner:
     @property
     def may_run_ahead(self) -> bool:
         """Whether no row has to be seen by the host before its next step."""
-        return self._runs_ahead and all(row.sampler.is_plain for row in self._rows)
+        return self._runs_ahead and bool(self._is_plain[: len(self._rows)].all())
 
     @torch.inference_mode()
     def begin_step(self) -> None:
@@ -506,7 +508,7 @@ class SpeechRunner:
         for row, state, sampler, token_id in zip(rows, states, samplers, token_ids, strict=True):
             self._rows[row] = replace(state, sampler=sampler)
             self._next_ids[row], self._sources[row] = token_id, NO_SOURCE
-            self._offsets[row] = state.position_offset
+            self._offsets[row], self._is_plain[row] = state.position_offset, sampler.is_plain
 
     def restart(self, row: int, repetition_penalty: float) -> None:
         """Begin a row's answer again, under at least this repetition penalty."""
@@ -517,6 +519,7 @@ class SpeechRunner:
         penalty = max(before.decoding.repetition_penalty, repetition_penalty)
         decoding = replace(before.decoding, repetition_penalty=penalty)
         state.sampler = TokenSampler(decoding, before.stop_ids, before.posteriors)
+        self._is_plain[row] = state.sampler.is_plain
 
     def release(self, rows: Sequence[int], *, failed: Collection[int] = ()) -> None:
         """Free rows; others take their places. What `failed` ones hold is wiped."""
@@ -529,8 +532,8 @@ class SpeechRunner:
                 self._decode.move(targets, sources)
             for target, source in moves:
                 self._rows[target] = self._rows[source]
-            for numbers in (self._next_ids, self._offsets, self._sources):
-                numbers[targets] = numbers[sources]
+            for each in (self._next_ids, self._offsets, self._sources, self._is_plain):
+                each[targets] = each[sources]
         del self._rows[len(self._rows) - len(rows) :]
 
     def text(self, token_ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +69,9 @@ class Running:
     places: int = 1
 
 
+_Request = TypeVar("_Request", Waiting, Running)
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What to do now.
@@ -102,13 +105,12 @@ def decide(
         now_s: the time.
         limits: of an iteration.
     """
-    requests: list[Waiting | Running] = [*waiting, *running]
-    expired = tuple(
-        [each.id for each in requests if each.deadline_s is not None and each.deadline_s <= now_s]
-    )
-    late = set(expired)
+    late_waiting, late_running = _late(waiting, now_s), _late(running, now_s)
+    late = [each.id for each in late_waiting]
+    expired = (*late, *[each.id for each in late_running])
     live = [each for each in waiting if each.id not in late]
-    room = limits.max_batch_size - sum([each.places for each in running if each.id not in late])
+    room = limits.max_batch_size - sum([each.places for each in running])
+    room += sum([each.places for each in late_running])
     if not live or not room:
         return Decision(expired=expired, wake_s=_next_deadline_s(live))
     in_turn = sorted(live, key=lambda each: (each.turn_s, each.id))
@@ -122,6 +124,11 @@ def decide(
         return Decision(expired=expired, wake_s=wake_s)
     chosen = sorted(batch[:size], key=lambda each: each.audio_s)
     return Decision(start=tuple(each.id for each in chosen), expired=expired)
+
+
+def _late(requests: Sequence[_Request], now_s: float) -> list[_Request]:
+    """Those whose deadline has passed."""
+    return [each for each in requests if each.deadline_s is not None and each.deadline_s <= now_s]
 
 
 def _next_deadline_s(live: Sequence[Waiting]) -> float | None:

@@ -504,9 +504,9 @@ def make_talkative(folder, initializer_range):
 def cut_at_loop(ids):
     """`ids` up to one copy of the loop that they run into, and whether they do."""
     detector = RepetitionDetector()
-    for end, token in enumerate(ids, start=1):
-        if repeated := detector.push(token):
-            return ids[: end - repeated], True
+    for place, token in enumerate(ids):
+        if repeated := detector.push(token, ids[:place]):
+            return ids[: place + 1 - repeated], True
     return ids, False
 
 

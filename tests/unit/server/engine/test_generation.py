@@ -71,7 +71,7 @@ def test_what_people_say_again_is_no_loop():
 def test_a_loop_is_told_exactly_when_the_tail_is_one_unit_often_enough(ids):
     detector = RepetitionDetector()
     for end, token in enumerate(ids, start=1):
-        repeated = detector.push(token)
+        repeated = detector.push(token, ids[: end - 1])
         tail_loops = [
             n
             for n in range(1, 17)
