@@ -16,9 +16,11 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from server.engine.beams import BeamSearch, place
-from server.engine.decoding import Candidates, Token
-from server.engine.generation import LOOP_RETRY_PENALTY, Generation, TextStream
+from server.engine.decoding import NO_ID, Candidates, Token
+from server.engine.generation import LOOP_RETRY_PENALTY, Answers, TextStream
 from server.engine.interface import ALL_GUARDS, EngineResult, IterationReport, Piece, refill
 from server.engine.scheduler import Decision, Running, Waiting, decide
 from server.engine.silence import is_silent
@@ -33,7 +35,9 @@ from server.transcription import Hypothesis
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from server.engine.decoding import Decoding
+    from numpy.typing import NDArray
+
+    from server.engine.decoding import Decoding, FinishReason
     from server.engine.interface import (
         EndReason,
         EngineRequest,
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from server.transcription import Word
 
 _log = logging.getLogger(__name__)
+
+_NO_LANE = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -81,26 +87,33 @@ class _Active:
     Attributes:
         queued: what it was before.
         plan: its sequence.
-        generation: its answer.
+        search: its beams; None for an answer of one sequence.
         stream: cuts its text into pieces; None where nobody listens.
+        lane: of its answer, where there is no search.
+        logprobs: of its tokens, where they are asked for and there is no search.
         rows: where it runs, one for each beam.
         started_s: when its batch began to be encoded.
         batch_size: clips in that batch.
         report: asks what starting them took.
-        first_token_s: when its first token came.
-        has_left: whether it runs no more.
+        first_token_s: when the first tokens of its search came.
     """
 
     queued: _Queued
     plan: Plan
-    generation: Generation | BeamSearch
+    search: BeamSearch | None
     stream: TextStream | None
+    lane: int = _NO_LANE
+    logprobs: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     started_s: float = 0.0
     batch_size: int = 0
     report: Callable[[], StartReport] | None = None
     first_token_s: float | None = None
-    has_left: bool = False
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether each of its tokens is wanted, and not only what they come to."""
+        return self.stream is not None or self.plan.decoding.logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +125,13 @@ class _Start:
     report: Callable[[], StartReport]
 
 
-_Stepped = list[_Active | None]
-"""The requests of a step, by row; None where what the row says is of no use any more."""
+@dataclass(frozen=True, slots=True)
+class _Stepped:
+    """The answers of a step, by row: their lanes, and the epochs that these were in; (R,) each."""
+
+    lanes: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+
 
 _Output = Token | Candidates | None
 
@@ -172,6 +190,10 @@ class EngineCore:
         self._waiting: dict[int, _Queued] = {}
         self._running: dict[int, _Active] = {}
         self._rows: list[_Active] = []  # by row
+        self._lanes = np.full(runner.n_slots, _NO_LANE)  # likewise
+        self._answers = Answers(runner.n_slots, runner.stop_ids)
+        self._owners: dict[int, _Active] = {}  # by lane
+        self._attentive: dict[int, _Active] = {}  # those of them that need each token
         self._left: list[tuple[_Active, EndReason]] = []  # whose rows are still to be freed
         self._ahead: _Stepped | None = None  # of the step that was begun and not finished
         self._started: list[_Start] = []  # which are still to be reported
@@ -287,9 +309,12 @@ class EngineCore:
 
     def _leave(self, active: _Active, reason: EndReason) -> None:
         """End a request; `_release_left` frees its rows."""
-        active.has_left = True
         self._left.append((active, reason))
         del self._running[active.queued.key]
+        if active.search is None:
+            del self._owners[active.lane]
+            self._attentive.pop(active.lane, None)
+            self._answers.close(active.lane)
         self._ended[reason] += 1
         self._wake_s = None  # there is room for what waits
 
@@ -307,6 +332,7 @@ class EngineCore:
         for row, mover in refill(len(self._rows), rows):
             active = self._rows[row] = self._rows[mover]
             active.rows[active.rows.index(mover)] = row
+            self._lanes[row] = self._lanes[mover]
         del self._rows[len(self._rows) - len(rows) :]
 
     def _start(self, batch: Sequence[_Queued]) -> None:
@@ -332,23 +358,17 @@ class EngineCore:
             self._note_failure("lay out", [queued])
             self._refuse(queued, _guilty())
             return None
-        listens = request.on_piece is not None
-        stream = TextStream(self.runner.text) if listens else None
-        return _Active(queued, plan, self._generation(plan, listens=listens), stream)
+        stream = None if request.on_piece is None else TextStream(self.runner.text)
+        return _Active(queued, plan, self._search(plan), stream)
 
-    def _generation(self, plan: Plan, *, listens: bool) -> Generation | BeamSearch:
-        if plan.decoding.num_beams > 1:
-            return BeamSearch(
-                num_beams=plan.decoding.num_beams,
-                max_tokens=plan.max_tokens,
-                stop_ids=self.runner.stop_ids,
-                guards_loops=self._guards.loops,
-            )
-        return Generation(
+    def _search(self, plan: Plan) -> BeamSearch | None:
+        if plan.decoding.num_beams == 1:
+            return None
+        return BeamSearch(
+            num_beams=plan.decoding.num_beams,
             max_tokens=plan.max_tokens,
             stop_ids=self.runner.stop_ids,
             guards_loops=self._guards.loops,
-            may_retry=not listens,  # what was told cannot be taken back
         )
 
     def _start_or_halve(self, batch: list[_Active]) -> bool:
@@ -376,10 +396,23 @@ class EngineCore:
         for each in batch:
             each.started_s, each.batch_size, each.report = started_s, len(batch), report
             each.rows = [len(self._rows)]
+            if each.search is None:
+                self._open(each)
+            self._lanes[len(self._rows)] = each.lane
             self._rows.append(each)
             self._running[each.queued.key] = each
         audio_s = sum(each.queued.request.audio_s for each in batch)
         self._started.append(_Start(len(batch), audio_s, report))
+
+    def _open(self, active: _Active) -> None:
+        active.lane = lane = self._answers.open(
+            max_tokens=active.plan.max_tokens,
+            guards_loops=self._guards.loops,
+            may_retry=active.stream is None,  # what was told cannot be taken back
+        )
+        self._owners[lane] = active
+        if active.needs_tokens:
+            self._attentive[lane] = active
 
     def _report_starts(self, count: int) -> None:
         """Report the first starts, which the device has done with."""
@@ -393,25 +426,18 @@ class EngineCore:
 
     def _step(self) -> None:
         began_s = time.perf_counter()
-        stepped, outputs = self._next_outputs()
-        self._report.decoded_rows = len(outputs)
+        stepped, token_ids, outputs = self._next_outputs()
+        self._report.decoded_rows = len(token_ids)
         self._report.decode_s = time.perf_counter() - began_s
         now_s = self._clock()
-        searches: dict[int, tuple[_Active, BeamSearch, list[_Output]]] = {}
-        failed: list[_Active] = []
-        for active, output in zip(stepped, outputs, strict=True):
-            if active is None or active.has_left:
-                continue
-            if isinstance(active.generation, BeamSearch):
-                key = active.queued.key
-                beams = [outputs[row] for row in active.rows]
-                searches[key] = active, active.generation, beams
-            elif isinstance(output, Token):
-                self._push_token(active, active.generation, output, now_s)
-            else:
-                failed.append(active)
+        searches = [
+            (active, active.search, [outputs[row] for row in active.rows])
+            for active in (self._running.values() if outputs else ())
+            if active.search is not None
+        ]
+        failed = self._grow(stepped, token_ids, outputs, now_s)
         # Behind the others, since they move rows.
-        for active, search, beams in searches.values():
+        for active, search, beams in searches:
             if not self._push_candidates(active, search, beams, now_s):
                 failed.append(active)
         for active in failed:
@@ -421,14 +447,19 @@ class EngineCore:
         if failed:
             self.runner.probe()
 
-    def _next_outputs(self) -> tuple[_Stepped, list[_Output]]:
-        """Who was in the next step, and what it says of each row that there was."""
+    def _next_outputs(self) -> tuple[_Stepped, NDArray[np.int64], list[_Output]]:
+        """Who was in the next step, and what it says of each row that there was.
+
+        Returns:
+            The answers; tokens (R,), `NO_ID` for none; and, where that is not all, the outputs.
+        """
         stepped = self._ahead if self._ahead is not None else self._begin_step()
-        if stepped is None:
-            stepped = [*self._rows]
-            return stepped, self._outputs_of(slice(0, len(self._rows)))
-        self._ahead = self._begin_step()
-        return stepped, self.runner.finish_step()
+        if stepped is not None:
+            self._ahead = self._begin_step()
+            return stepped, self.runner.finish_step(), []
+        stepped, outputs = self._stepped(), self._outputs_of(slice(0, len(self._rows)))
+        ids = [each.id if isinstance(each, Token) else NO_ID for each in outputs]
+        return stepped, np.array(ids), outputs
 
     def _begin_step(self) -> _Stepped | None:
         """Launch a step; None if that cannot be, or nobody needs it."""
@@ -439,9 +470,13 @@ class EngineCore:
         except Exception:  # noqa: BLE001 - a model may raise anything; logged
             self._note_failure("begin a step of", _requests_of(self._rows))
         else:
-            return [*self._rows]  # a copy, since whoever leaves moves rows
+            return self._stepped()
         self.runner.recover()
         return None  # once nothing is ahead, it is tried on halves
+
+    def _stepped(self) -> _Stepped:
+        lanes = self._lanes[: len(self._rows)].copy()  # since whoever leaves moves rows
+        return _Stepped(lanes, self._answers.epochs[lanes])
 
     def _outputs_of(self, rows: slice) -> list[_Output]:
         """What the model says of each row; None for those that it fails on even alone."""
@@ -463,18 +498,32 @@ class EngineCore:
         ids = " ".join(each.request.id for each in batch)
         _log.exception("the model failed to %s a batch of %d: %s", call, len(batch), ids)
 
-    def _push_token(
-        self, active: _Active, generation: Generation, token: Token, now_s: float
-    ) -> None:
-        """Let an answer grow by a token."""
-        if active.first_token_s is None:
-            active.first_token_s = now_s
-        if generation.push(token):
-            self._restart(active)
-        if active.stream is not None:
-            self._tell(active, active.stream, token)
-        if generation.finish_reason is not None:
-            self._finish(active, generation.finish_reason, now_s)
+    def _grow(
+        self,
+        stepped: _Stepped,
+        token_ids: NDArray[np.int64],
+        outputs: Sequence[_Output],
+        now_s: float,
+    ) -> list[_Active]:
+        """Let answers of one sequence grow by a token; returns those that the model failed on."""
+        is_current = stepped.epochs == self._answers.epochs[stepped.lanes]
+        rows = np.flatnonzero(is_current & (stepped.lanes != _NO_LANE))
+        is_broken = token_ids[rows] == NO_ID
+        failed = [self._owners[lane] for lane in stepped.lanes[rows[is_broken]].tolist()]
+        rows = rows[~is_broken]
+        lanes = stepped.lanes[rows]
+        grown = self._answers.push(lanes, token_ids[rows], now_s)
+        if self._attentive:
+            for lane, row in zip(lanes.tolist(), rows.tolist(), strict=True):
+                if (active := self._attentive.get(lane)) is not None:
+                    output = outputs[row] if outputs else None
+                    token = output if isinstance(output, Token) else Token(int(token_ids[row]))
+                    self._tell(active, token, grown.ended.get(lane))
+        for lane in grown.again:
+            self._restart(self._owners[lane])
+        for lane, reason in grown.ended.items():
+            self._finish(self._owners[lane], reason, now_s)
+        return failed
 
     def _push_candidates(
         self, active: _Active, search: BeamSearch, outputs: Sequence[_Output], now_s: float
@@ -488,9 +537,9 @@ class EngineCore:
             self._finish(active, search.finish_reason, now_s)
         return did_well
 
-    def _finish(self, active: _Active, reason: EndReason, now_s: float) -> None:
+    def _finish(self, active: _Active, reason: FinishReason, now_s: float) -> None:
+        self._outcome.answers.append((active.queued.key, self._answer(active, reason, now_s)))
         self._leave(active, reason)
-        self._outcome.answers.append((active.queued.key, self._answer(active, now_s)))
 
     def _branch(
         self, active: _Active, search: BeamSearch, candidates: Sequence[Candidates]
@@ -514,6 +563,7 @@ class EngineCore:
             self._note_failure("branch", [active.queued])
         else:
             active.rows = rows
+            self._lanes[len(self._rows) : len(self._rows) + n_fresh] = _NO_LANE
             self._rows += [active] * n_fresh
             return True
         self.runner.recover()
@@ -522,52 +572,55 @@ class EngineCore:
     def _restart(self, active: _Active) -> None:
         """Begin an answer again, in one row."""
         self._report.retries += 1
+        active.logprobs.clear()
         active.rows, freed = active.rows[:1], active.rows[1:]
         if freed:
             self._release(freed)
         self.runner.restart(active.rows[0], LOOP_RETRY_PENALTY)
-        if self._ahead is not None:  # which goes on with the answer of before
-            self._ahead = [None if each is active else each for each in self._ahead]
 
-    def _tell(self, active: _Active, stream: TextStream, token: Token) -> None:
-        is_last = active.generation.finish_reason is not None
-        text = stream.push(active.generation.token_ids, is_last=is_last)
-        piece = Piece(text, token, active.generation.finish_reason)
-        self._outcome.pieces.append((active.queued.key, piece))
+    def _tell(self, active: _Active, token: Token, reason: FinishReason | None) -> None:
+        if token.logprob is not None and token.id not in self.runner.stop_ids:
+            active.logprobs.append(token.logprob)
+        if active.stream is not None:
+            token_ids = self._answers.token_ids(active.lane)
+            text = active.stream.push(token_ids, is_last=reason is not None)
+            self._outcome.pieces.append((active.queued.key, Piece(text, token, reason)))
 
-    def _answer(self, active: _Active, now_s: float) -> EngineResult | ServerError:
+    def _answer(
+        self, active: _Active, reason: FinishReason, now_s: float
+    ) -> EngineResult | ServerError:
         try:
-            return self._result(active, now_s)
+            return self._result(active, reason, now_s)
         except Exception:  # noqa: BLE001 - a tokenizer may raise anything; logged
             self._note_failure("spell", [active.queued])
             return _guilty()
 
-    def _result(self, active: _Active, now_s: float) -> EngineResult:
-        generation = active.generation
-        if (
-            generation.finish_reason is None
-            or active.report is None
-            or active.first_token_s is None
-        ):
-            raise RuntimeError(f"request {active.queued.request.id} has not ended")
+    def _result(self, active: _Active, reason: FinishReason, now_s: float) -> EngineResult:
+        if active.search is None:
+            token_ids: Sequence[int] = self._answers.token_ids(active.lane)
+            logprobs: Sequence[float] = active.logprobs[: len(token_ids)]  # fewer where a loop was cut
+            first_token_s: float | None = self._answers.first_token_s(active.lane)
+        else:
+            token_ids, logprobs = active.search.token_ids, active.search.logprobs
+            first_token_s = active.first_token_s
+        if active.report is None or first_token_s is None:
+            raise RuntimeError(f"request {active.queued.request.id} has not begun")
         report = active.report()
-        text = self.runner.text(generation.token_ids)
+        text = self.runner.text(token_ids)
         asks_for_logprobs = active.plan.decoding.logprobs
         return EngineResult(
             text=text,
             language=self.runner.language(text),
-            finish_reason=generation.finish_reason,
-            token_ids=tuple(generation.token_ids),
-            logprobs=tuple(generation.logprobs) if asks_for_logprobs else None,
-            token_bytes=(
-                tuple(self.runner.token_bytes(generation.token_ids)) if asks_for_logprobs else None
-            ),
+            finish_reason=reason,
+            token_ids=tuple(token_ids),
+            logprobs=tuple(logprobs) if asks_for_logprobs else None,
+            token_bytes=tuple(self.runner.token_bytes(token_ids)) if asks_for_logprobs else None,
             hypotheses=self._hypotheses(active),
             queue_s=active.started_s - active.queued.arrived_s,
             encode_s=report.encode_s,
             prefill_s=report.prefill_s,
             generate_s=max(0.0, now_s - active.started_s - report.encode_s),
-            first_token_s=active.first_token_s - active.queued.arrived_s,
+            first_token_s=first_token_s - active.queued.arrived_s,
             batch_size=active.batch_size,
             words=self._words(active, text),
         )
@@ -583,8 +636,8 @@ class EngineCore:
         return None  # the text is good without
 
     def _hypotheses(self, active: _Active) -> tuple[Hypothesis, ...]:
-        search, n_best = active.generation, active.plan.decoding.n_best
-        if not isinstance(search, BeamSearch) or n_best == 1:
+        search, n_best = active.search, active.plan.decoding.n_best
+        if search is None or n_best == 1:
             return ()
         return tuple(
             Hypothesis(self.runner.text(beam.token_ids), beam.score)

@@ -13,6 +13,9 @@ FinishReason = Literal["stop", "length", "loop", "cancelled", "deadline"]
 
 MAX_BEAMS = 8
 
+NO_ID = -1
+"""Instead of a token's id, where the model's output is not finite."""
+
 _MAX_TEMPERATURE = 2.0
 _MAX_SEED = 2**63 - 1
 _PENALTIES = (0.1, 10.0)

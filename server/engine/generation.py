@@ -1,13 +1,18 @@
-"""One request's answer as it grows: when it ends, whether it loops, what of it is new text."""
+"""Answers as they grow: when they end, whether they loop, what of them is new text."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+import numpy as np
 
-    from server.engine.decoding import FinishReason, Token
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+    from numpy.typing import NDArray
+
+    from server.engine.decoding import FinishReason
 
 LOOP_RETRY_PENALTY = 1.3
 """Repetition penalty of the one retry of an answer that loops."""
@@ -15,6 +20,10 @@ LOOP_RETRY_PENALTY = 1.3
 _MAX_UNIT_TOKENS = 16  # longest repeated n-gram that is looked for
 _MIN_COPIES = 4  # of an n-gram in a row; people do say things three times
 _MIN_LOOP_TOKENS = 24  # below, a repetition may be speech: "no, no, no, no"
+_UNIT_SIZES = np.arange(1, _MAX_UNIT_TOKENS + 1)
+_MIN_RUNS = np.maximum(_MIN_COPIES * _UNIT_SIZES, _MIN_LOOP_TOKENS) - _UNIT_SIZES
+_NO_TOKEN = -1
+_FIRST_WIDTH = 64  # tokens that answers have room for before one needs more
 _INCOMPLETE = "\ufffd"  # what a tokenizer gives for the first bytes of a character
 
 
@@ -45,70 +54,127 @@ class RepetitionDetector:
         return 0
 
 
-class Generation:
-    """The tokens of one answer.
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """What the tokens of a step have made of answers.
 
     Attributes:
-        token_ids: so far, without an end token.
-        logprobs: of these, where they were asked for.
-        finish_reason: None while it goes on.
-        retried: it looped once, and began again.
+        ended: how those ended that did, by lane.
+        again: lanes of those that begin again, under a repetition penalty; what was generated is
+            dropped.
     """
 
-    def __init__(
-        self,
-        *,
-        max_tokens: int,
-        stop_ids: frozenset[int],
-        guards_loops: bool = True,
-        may_retry: bool = True,
-    ) -> None:
-        """Begin empty.
+    ended: dict[int, FinishReason]
+    again: list[int]
+
+
+class Answers:
+    """Greedy or sampled answers as they grow, each in a lane of its own.
+
+    They are held in arrays, since a step may add to hundreds. The epoch of a lane changes when its
+    answer is closed or begins again: what was on its way to the one of before is not for the next.
+
+    Axis legend: N lanes, R of them that grow, T tokens, U lengths of a repeated n-gram.
+    """
+
+    def __init__(self, lanes: int, stop_ids: Collection[int]) -> None:
+        """Begin without an answer.
+
+        Args:
+            lanes: most answers at a time.
+            stop_ids: tokens that end them.
+        """
+        self.epochs = np.zeros(lanes, np.int64)
+        self._stop_ids = np.array(sorted(stop_ids))
+        self._free = [*reversed(range(lanes))]
+        self._tokens = np.zeros((lanes, _FIRST_WIDTH), np.int64)
+        self._sizes = np.zeros(lanes, np.int64)
+        self._max_tokens = np.zeros(lanes, np.int64)
+        self._first_s = np.full(lanes, np.nan)
+        self._guards_loops = np.zeros(lanes, bool)
+        self._may_retry = np.zeros(lanes, bool)
+        # As in `RepetitionDetector`: (N, U) each, the latest token and the shortest n-gram first.
+        self._recent = np.full((lanes, _MAX_UNIT_TOKENS), _NO_TOKEN)
+        self._runs = np.zeros((lanes, _MAX_UNIT_TOKENS), np.int64)
+
+    def open(self, *, max_tokens: int, guards_loops: bool = True, may_retry: bool = True) -> int:
+        """Begin an answer.
 
         Args:
             max_tokens: cap.
-            stop_ids: tokens that end it.
-            guards_loops: whether an answer that repeats itself is broken off.
+            guards_loops: whether it is broken off when it repeats itself.
             may_retry: whether it then begins again, once.
-        """
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish_reason: FinishReason | None = None
-        self.retried = False
-        self._max_tokens = max_tokens
-        self._stop_ids = stop_ids
-        self._detector = RepetitionDetector() if guards_loops else None
-        self._may_retry = may_retry
-
-    def push(self, token: Token) -> bool:
-        """Take the next token.
 
         Returns:
-            Whether to begin again, under a repetition penalty; what was generated is dropped.
+            Its lane.
         """
-        token_id, token_ids = token.id, self.token_ids
-        if token_id in self._stop_ids:
-            self.finish_reason = "stop"
-            return False
-        repeated = self._detector.push(token_id, token_ids) if self._detector is not None else 0
-        token_ids.append(token_id)
-        if token.logprob is not None:
-            self.logprobs.append(token.logprob)
-        if repeated and self._may_retry and not self.retried:
-            self._begin_again()
-            return True
-        if repeated:
-            # One copy of what it repeats stays.
-            del token_ids[-repeated:], self.logprobs[-repeated:]
-            self.finish_reason = "loop"
-        elif len(token_ids) == self._max_tokens:
-            self.finish_reason = "length"
-        return False
+        lane = self._free.pop()
+        self._max_tokens[lane], self._first_s[lane] = max_tokens, np.nan
+        self._guards_loops[lane], self._may_retry[lane] = guards_loops, may_retry
+        self._begin(lane)
+        return lane
 
-    def _begin_again(self) -> None:
-        self.token_ids, self.logprobs = [], []
-        self._detector = RepetitionDetector()
-        self.retried = True
+    def close(self, lane: int) -> None:
+        """Let another answer have a lane."""
+        self.epochs[lane] += 1
+        self._free.append(lane)
+
+    def token_ids(self, lane: int) -> list[int]:
+        """Tokens of an answer so far, without an end token."""
+        tokens: list[int] = self._tokens[lane, : self._sizes[lane]].tolist()
+        return tokens
+
+    def first_token_s(self, lane: int) -> float:
+        """When its first token came, before it began again if it did; NaN before."""
+        return float(self._first_s[lane])
+
+    def push(self, lanes: NDArray[np.int64], token_ids: NDArray[np.int64], now_s: float) -> Grown:
+        """Take the next token (R,) of some answers, which are in `lanes` (R,), none twice."""
+        stops = (token_ids[:, None] == self._stop_ids).any(1)
+        sizes = self._sizes[lanes]
+        if sizes.max(initial=0) == self._tokens.shape[1]:
+            self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)], 1)
+        first = lanes[np.isnan(self._first_s[lanes])]
+        self._first_s[first] = now_s
+        self._tokens[lanes, sizes] = token_ids
+        sizes += ~stops
+        self._sizes[lanes] = sizes
+        repeated = self._count_repeated(lanes, token_ids)
+        grown = Grown({}, [])
+        ends = stops | (repeated > 0) | (sizes == self._max_tokens[lanes])
+        for index in np.flatnonzero(ends).tolist():
+            lane = int(lanes[index])
+            if stops[index]:
+                grown.ended[lane] = "stop"
+            elif not repeated[index]:
+                grown.ended[lane] = "length"
+            elif self._may_retry[lane]:
+                self._may_retry[lane] = False
+                self.epochs[lane] += 1
+                self._begin(lane)
+                grown.again.append(lane)
+            else:
+                self._sizes[lane] -= repeated[index]  # one copy of what it repeats stays
+                grown.ended[lane] = "loop"
+        return grown
+
+    def _begin(self, lane: int) -> None:
+        self._sizes[lane] = 0
+        self._recent[lane], self._runs[lane] = _NO_TOKEN, 0
+
+    def _count_repeated(
+        self, lanes: NDArray[np.int64], token_ids: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """What `RepetitionDetector.push` returns of each answer (R,)."""
+        recent = self._recent[lanes]
+        runs = (self._runs[lanes] + 1) * (recent == token_ids[:, None])
+        self._runs[lanes] = runs
+        self._recent[lanes, 1:] = recent[:, :-1]
+        self._recent[lanes, 0] = token_ids
+        is_loop = runs >= _MIN_RUNS
+        longest = runs[np.arange(len(runs)), is_loop.argmax(1)]
+        repeated: NDArray[np.int64] = longest * (is_loop.any(1) & self._guards_loops[lanes])
+        return repeated
 
 
 class TextStream:

@@ -412,11 +412,11 @@ class Runner(Protocol):
         A failure leaves the rows as they were.
         """
 
-    def finish_step(self) -> list[Token | Candidates | None]:
-        """What the first step that was begun and not finished gives each of the rows it had.
+    def finish_step(self) -> NDArray[np.int64]:
+        """Tokens (R,) that the first step that was begun and not finished gives the rows it had.
 
-        Rows may have come and gone meanwhile. None where the model's output is not finite; what is
-        raised means that the device is broken.
+        Rows may have come and gone meanwhile. `NO_ID` where the model's output is not finite; what
+        is raised means that the device is broken.
         """
 
     def branch(self, rows: Sequence[int], parents: Sequence[int], token_ids: Sequence[int]) -> None:

@@ -37,7 +37,7 @@ from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
 from server.engine.recordings import CudaGraphs
-from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens, plain_tokens
+from server.engine.sampling import TokenSampler, branch_samplers, choose_tokens, plain_ids
 from server.engine.stopwatch import Stopwatch
 from server.errors import InvalidRequestError
 from server.log import structured
@@ -464,15 +464,16 @@ class SpeechRunner:
         self._sources[rows] = np.arange(rows.stop)
         self._launched.append(launched)
 
-    def finish_step(self) -> list[Token | Candidates | None]:
+    def finish_step(self) -> NDArray[np.int64]:
         """Wait for the tokens of the first step that was begun and not finished.
 
-        One for each row that there was when it began; None where its logits are not finite. What
-        raises here is no row's fault: the device's work was launched before.
+        Returns:
+            (R,) ids, one for each row that there was when it began; `NO_ID` where its logits are
+            not finite. What raises here is no row's fault: the device's work was launched before.
         """
         if len(self._launched) == 1:
             self._settle()
-        return [*plain_tokens(self._launched.popleft().best())]
+        return plain_ids(self._launched.popleft().best())
 
     def _launch(self, rows: slice) -> Launched:
         inputs = StepInputs(

@@ -6,7 +6,6 @@ Axis legend: R rows, V vocabulary.
 from __future__ import annotations
 
 from copy import copy
-from functools import cache
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import torch
 
 from model.ctc_prefix import CTCPrefix, extend_prefixes, joint_scores
 from server.engine.beams import candidates_per_beam
-from server.engine.decoding import Candidates, Decoding, Token
+from server.engine.decoding import NO_ID, Candidates, Decoding, Token
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -114,20 +113,14 @@ class TokenSampler:
         return index if ids is None else int(ids[index])
 
 
-def plain_tokens(best: NDArray[np.float64]) -> list[Token | None]:
-    """The likeliest token of each row, None where its logits are not finite.
+def plain_ids(best: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The likeliest token of each row (R,), `NO_ID` where its logits are not finite.
 
     Args:
         best: the `likeliest` of the logits, (2, R).
     """
     largest, token_ids = best
-    tokens: list[Token | None] = [_token(token_id) for token_id in token_ids.astype(int).tolist()]
-    for row in np.flatnonzero(~np.isfinite(largest)):
-        tokens[row] = None
-    return tokens
-
-
-_token = cache(Token)  # a frozen object takes longer to make than to look up
+    return np.where(np.isfinite(largest), token_ids, NO_ID).astype(np.int64)
 
 
 def choose_tokens(
@@ -144,7 +137,8 @@ def choose_tokens(
         One a row; None where its logits are not finite.
     """
     if all(sampler.is_plain for sampler in samplers):
-        return [*plain_tokens(best)]
+        ids = plain_ids(best).tolist()
+        return [Token(token_id) if token_id != NO_ID else None for token_id in ids]
     largest, token_ids = best.tolist()
     plain = [int(token_id) for token_id in token_ids]
     scores = _adjusted(logits, samplers)
