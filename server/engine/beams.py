@@ -167,7 +167,7 @@ def _length_before_loop(token_ids: Sequence[int]) -> int | None:
     """Tokens up to one copy of the loop that these run into; None without a loop."""
     detector = RepetitionDetector()
     for place, token_id in enumerate(token_ids):
-        if repeated := detector.push(token_id, token_ids[:place]):
+        if repeated := detector.push(token_id, token_ids[:place], place):
             return place + 1 - repeated
     return None
 

@@ -506,18 +506,21 @@ class EngineCore:
         now_s: float,
     ) -> list[_Active]:
         """Let answers of one sequence grow by a token; returns those that the model failed on."""
-        is_current = stepped.epochs == self._answers.epochs[stepped.lanes]
-        rows = np.flatnonzero(is_current & (stepped.lanes != _NO_LANE))
-        is_broken = token_ids[rows] == NO_ID
-        failed = [self._owners[lane] for lane in stepped.lanes[rows[is_broken]].tolist()]
-        rows = rows[~is_broken]
-        lanes = stepped.lanes[rows]
-        grown = self._answers.push(lanes, token_ids[rows], now_s)
+        lanes, failed = stepped.lanes, []
+        is_current = (stepped.epochs == self._answers.epochs[lanes]) & (lanes != _NO_LANE)
+        is_well = is_current & (token_ids != NO_ID)
+        rows = is_well.nonzero()[0]
+        if rows.size < lanes.size:
+            failed = [self._owners[lane] for lane in lanes[is_current & ~is_well].tolist()]
+            lanes, token_ids = lanes[rows], token_ids[rows]
+        grown = self._answers.push(lanes, token_ids, now_s)
         if self._attentive:
-            for lane, row in zip(lanes.tolist(), rows.tolist(), strict=True):
+            for lane, row, token_id in zip(
+                lanes.tolist(), rows.tolist(), token_ids.tolist(), strict=True
+            ):
                 if (active := self._attentive.get(lane)) is not None:
                     output = outputs[row] if outputs else None
-                    token = output if isinstance(output, Token) else Token(int(token_ids[row]))
+                    token = output if isinstance(output, Token) else Token(token_id)
                     self._tell(active, token, grown.ended.get(lane))
         for lane in grown.again:
             self._restart(self._owners[lane])
@@ -598,7 +601,9 @@ class EngineCore:
     def _result(self, active: _Active, reason: FinishReason, now_s: float) -> EngineResult:
         if active.search is None:
             token_ids: Sequence[int] = self._answers.token_ids(active.lane)
-            logprobs: Sequence[float] = active.logprobs[: len(token_ids)]  # fewer where a loop was cut
+            logprobs: Sequence[float] = active.logprobs[
+                : len(token_ids)
+            ]  # fewer where a loop was cut
             first_token_s: float | None = self._answers.first_token_s(active.lane)
         else:
             token_ids, logprobs = active.search.token_ids, active.search.logprobs

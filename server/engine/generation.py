@@ -20,9 +20,8 @@ LOOP_RETRY_PENALTY = 1.3
 _MAX_UNIT_TOKENS = 16  # longest repeated n-gram that is looked for
 _MIN_COPIES = 4  # of an n-gram in a row; people do say things three times
 _MIN_LOOP_TOKENS = 24  # below, a repetition may be speech: "no, no, no, no"
-_UNIT_SIZES = np.arange(1, _MAX_UNIT_TOKENS + 1)
-_MIN_RUNS = np.maximum(_MIN_COPIES * _UNIT_SIZES, _MIN_LOOP_TOKENS) - _UNIT_SIZES
 _NO_TOKEN = -1
+_NOWHERE = -2  # behind which no token stands
 _FIRST_WIDTH = 64  # tokens that answers have room for before one needs more
 _INCOMPLETE = "\ufffd"  # what a tokenizer gives for the first bytes of a character
 
@@ -34,20 +33,23 @@ class RepetitionDetector:
         """Begin before the first token."""
         # How many tokens in a row equal the one n before them, for each n that is not at 0.
         self._runs: dict[int, int] = {}
+        self._place = _NOWHERE  # of the token that these were counted at
 
-    def push(self, token: int, before: Sequence[int]) -> int:
-        """Take the next token of an answer, and all that stand before it.
+    def push(self, token: int, before: Sequence[int], place: int) -> int:
+        """Take a token of an answer. One that none of the 16 before it equals may be left out.
+
+        Args:
+            token: at `place`.
+            before: up to it, all that stand there or the last 16 of them.
+            place: how many tokens of the answer stand before it.
 
         Returns:
             How many of the latest tokens only repeat what stands before them; 0 without a loop.
         """
-        recent = before[-_MAX_UNIT_TOKENS:]
-        if token not in recent:  # most are not
-            if self._runs:
-                self._runs = {}
-            return 0
-        same = [n for n, earlier in enumerate(reversed(recent), 1) if earlier == token]
-        self._runs = {n: self._runs.get(n, 0) + 1 for n in same}
+        recent = reversed(before[-_MAX_UNIT_TOKENS:])
+        same = [n for n, earlier in enumerate(recent, 1) if earlier == token]
+        runs = self._runs if place == self._place + 1 else {}
+        self._runs, self._place = {n: runs.get(n, 0) + 1 for n in same}, place
         for n, run in self._runs.items():
             if run + n >= max(_MIN_COPIES * n, _MIN_LOOP_TOKENS):
                 return run
@@ -74,7 +76,7 @@ class Answers:
     They are held in arrays, since a step may add to hundreds. The epoch of a lane changes when its
     answer is closed or begins again: what was on its way to the one of before is not for the next.
 
-    Axis legend: N lanes, R of them that grow, T tokens, U lengths of a repeated n-gram.
+    Axis legend: R answers that grow.
     """
 
     def __init__(self, lanes: int, stop_ids: Collection[int]) -> None:
@@ -85,17 +87,17 @@ class Answers:
             stop_ids: tokens that end them.
         """
         self.epochs = np.zeros(lanes, np.int64)
-        self._stop_ids = np.array(sorted(stop_ids))
+        self._is_stop = np.zeros(max(stop_ids, default=0) + 2, bool)  # all above it as the last
+        self._is_stop[[*stop_ids]] = True
         self._free = [*reversed(range(lanes))]
         self._tokens = np.zeros((lanes, _FIRST_WIDTH), np.int64)
         self._sizes = np.zeros(lanes, np.int64)
         self._max_tokens = np.zeros(lanes, np.int64)
         self._first_s = np.full(lanes, np.nan)
-        self._guards_loops = np.zeros(lanes, bool)
         self._may_retry = np.zeros(lanes, bool)
-        # As in `RepetitionDetector`: (N, U) each, the latest token and the shortest n-gram first.
+        self._detectors: list[RepetitionDetector | None] = [None] * lanes
+        # The last tokens of each: at their place, counted from the beginning over and over.
         self._recent = np.full((lanes, _MAX_UNIT_TOKENS), _NO_TOKEN)
-        self._runs = np.zeros((lanes, _MAX_UNIT_TOKENS), np.int64)
 
     def open(self, *, max_tokens: int, guards_loops: bool = True, may_retry: bool = True) -> int:
         """Begin an answer.
@@ -110,8 +112,8 @@ class Answers:
         """
         lane = self._free.pop()
         self._max_tokens[lane], self._first_s[lane] = max_tokens, np.nan
-        self._guards_loops[lane], self._may_retry[lane] = guards_loops, may_retry
-        self._begin(lane)
+        self._may_retry[lane] = may_retry
+        self._begin(lane, guards_loops=guards_loops)
         return lane
 
     def close(self, lane: int) -> None:
@@ -130,51 +132,55 @@ class Answers:
 
     def push(self, lanes: NDArray[np.int64], token_ids: NDArray[np.int64], now_s: float) -> Grown:
         """Take the next token (R,) of some answers, which are in `lanes` (R,), none twice."""
-        stops = (token_ids[:, None] == self._stop_ids).any(1)
+        stops = self._is_stop.take(token_ids, mode="clip")
         sizes = self._sizes[lanes]
+        first = lanes[np.isnan(self._first_s[lanes])]
+        if first.size:
+            self._first_s[first] = now_s
         if sizes.max(initial=0) == self._tokens.shape[1]:
             self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)], 1)
-        first = lanes[np.isnan(self._first_s[lanes])]
-        self._first_s[first] = now_s
         self._tokens[lanes, sizes] = token_ids
+        loops = self._find_loops(lanes, token_ids, sizes)
+        self._recent[lanes, sizes % _MAX_UNIT_TOKENS] = token_ids
         sizes += ~stops
         self._sizes[lanes] = sizes
-        repeated = self._count_repeated(lanes, token_ids)
         grown = Grown({}, [])
-        ends = stops | (repeated > 0) | (sizes == self._max_tokens[lanes])
-        for index in np.flatnonzero(ends).tolist():
-            lane = int(lanes[index])
-            if stops[index]:
-                grown.ended[lane] = "stop"
-            elif not repeated[index]:
-                grown.ended[lane] = "length"
-            elif self._may_retry[lane]:
+        for index in (stops | (sizes == self._max_tokens[lanes])).nonzero()[0].tolist():
+            grown.ended[int(lanes[index])] = "stop" if stops[index] else "length"
+        for lane, repeated in loops.items():
+            if grown.ended.get(lane) == "stop":
+                continue
+            if self._may_retry[lane]:
+                grown.ended.pop(lane, None)
+                grown.again.append(lane)
                 self._may_retry[lane] = False
                 self.epochs[lane] += 1
-                self._begin(lane)
-                grown.again.append(lane)
+                self._begin(lane, guards_loops=True)
             else:
-                self._sizes[lane] -= repeated[index]  # one copy of what it repeats stays
+                self._sizes[lane] -= repeated  # one copy of what it repeats stays
                 grown.ended[lane] = "loop"
         return grown
 
-    def _begin(self, lane: int) -> None:
-        self._sizes[lane] = 0
-        self._recent[lane], self._runs[lane] = _NO_TOKEN, 0
+    def _begin(self, lane: int, *, guards_loops: bool) -> None:
+        self._sizes[lane], self._recent[lane] = 0, _NO_TOKEN
+        self._detectors[lane] = RepetitionDetector() if guards_loops else None
 
-    def _count_repeated(
-        self, lanes: NDArray[np.int64], token_ids: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """What `RepetitionDetector.push` returns of each answer (R,)."""
-        recent = self._recent[lanes]
-        runs = (self._runs[lanes] + 1) * (recent == token_ids[:, None])
-        self._runs[lanes] = runs
-        self._recent[lanes, 1:] = recent[:, :-1]
-        self._recent[lanes, 0] = token_ids
-        is_loop = runs >= _MIN_RUNS
-        longest = runs[np.arange(len(runs)), is_loop.argmax(1)]
-        repeated: NDArray[np.int64] = longest * (is_loop.any(1) & self._guards_loops[lanes])
-        return repeated
+    def _find_loops(
+        self, lanes: NDArray[np.int64], token_ids: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> dict[int, int]:
+        """How many of the latest tokens of each answer only repeat others, where any do.
+
+        What is to come is one token of each, behind `sizes` (R,) others.
+        """
+        may_loop = (self._recent[lanes] == token_ids[:, None]).any(1)  # most do not
+        loops = {}
+        for index in may_loop.nonzero()[0].tolist():
+            lane, place = int(lanes[index]), int(sizes[index])
+            if (detector := self._detectors[lane]) is not None:
+                before = self._tokens[lane, max(0, place - _MAX_UNIT_TOKENS) : place].tolist()
+                if repeated := detector.push(int(token_ids[index]), before, place):
+                    loops[lane] = repeated
+        return loops
 
 
 class TextStream:

@@ -505,7 +505,7 @@ def cut_at_loop(ids):
     """`ids` up to one copy of the loop that they run into, and whether they do."""
     detector = RepetitionDetector()
     for place, token in enumerate(ids):
-        if repeated := detector.push(token, ids[:place]):
+        if repeated := detector.push(token, ids[:place], place):
             return ids[: place + 1 - repeated], True
     return ids, False
 

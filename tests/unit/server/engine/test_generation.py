@@ -87,7 +87,7 @@ def test_what_people_say_again_is_no_loop():
 def test_a_loop_is_told_exactly_when_the_tail_is_one_unit_often_enough(ids):
     detector = RepetitionDetector()
     for end, token in enumerate(ids, start=1):
-        repeated = detector.push(token, ids[: end - 1])
+        repeated = detector.push(token, ids[: end - 1], end - 1)
         tail_loops = [
             n
             for n in range(1, 17)
@@ -114,7 +114,7 @@ class Alone:
         """Take a token; returns how it ended, "again", or None."""
         if token == STOP:
             return "stop"
-        repeated = self.detector.push(token, self.ids) if self.guards_loops else 0
+        repeated = self.detector.push(token, self.ids, len(self.ids)) if self.guards_loops else 0
         self.ids.append(token)
         if repeated and self.may_retry:
             self.may_retry = False
