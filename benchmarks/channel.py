@@ -27,6 +27,8 @@ from server.metrics import merge_metrics
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from server.engine.continuous import ContinuousEngine
 
 SAMPLE_RATE_HZ = 16_000
@@ -62,6 +64,12 @@ class _InstantEngine:
         )
         asyncio.get_running_loop().call_soon(end, result)
         return 0
+
+    def share(self, samples: NDArray[np.float32]) -> None:
+        """No device fetches anything."""
+
+    def forget(self, samples: NDArray[np.float32]) -> None:
+        """No device has fetched anything."""
 
     def cancel(self, key: int) -> None:
         """Answered already."""

@@ -63,6 +63,38 @@ def pad_waveforms(
     Raises:
         ValueError: no clip, an empty clip, or one that is not one-dimensional.
     """
+    sample_lens = _sample_lens(waveforms)
+    batch = torch.empty(len(waveforms), int(sample_lens.max()), pin_memory=pin_memory)
+    for row, waveform in zip(batch.numpy(), waveforms, strict=True):
+        row[: waveform.size] = waveform
+        row[waveform.size :] = 0
+    return batch, sample_lens
+
+
+def fetch_waveforms(
+    waveforms: Sequence[np.ndarray], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Stack clips on a device as `pad_waveforms` does, each copied from where it lies.
+
+    Args:
+        waveforms: mono float32 clips at 16 kHz, each (N_i,), in pinned memory, where they stay
+            until the device has copied them: the host does not wait.
+        device: a CUDA device, or any.
+
+    Returns:
+        (B, max N_i) float32 on the device and the lengths (B,) int64 on the host, in samples.
+
+    Raises:
+        ValueError: as `pad_waveforms`.
+    """
+    sample_lens = _sample_lens(waveforms)
+    batch = torch.zeros(len(waveforms), int(sample_lens.max()), device=device)
+    for row, waveform in zip(batch, waveforms, strict=True):
+        row[: waveform.size].copy_(torch.from_numpy(waveform), non_blocking=True)
+    return batch, sample_lens
+
+
+def _sample_lens(waveforms: Sequence[np.ndarray]) -> Tensor:
     if not waveforms:
         raise ValueError("no waveform given")
     for index, waveform in enumerate(waveforms):
@@ -71,12 +103,7 @@ def pad_waveforms(
                 f"waveform {index} must be mono with at least one sample, "
                 f"got shape {waveform.shape}"
             )
-    sample_lens = torch.tensor([waveform.size for waveform in waveforms])
-    batch = torch.empty(len(waveforms), int(sample_lens.max()), pin_memory=pin_memory)
-    for row, waveform in zip(batch.numpy(), waveforms, strict=True):
-        row[: waveform.size] = waveform
-        row[waveform.size :] = 0
-    return batch, sample_lens
+    return torch.tensor([waveform.size for waveform in waveforms])
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -20,7 +20,13 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from model.configuration import DEFAULT_PROMPT, SpeechLLMConfig
 from model.connectors import output_lens
 from model.encoder import encoder_frame_lens
-from model.log_mel import SAMPLE_RATE_HZ, log_mel_spectrogram, pad_waveforms, to_device
+from model.log_mel import (
+    SAMPLE_RATE_HZ,
+    fetch_waveforms,
+    log_mel_spectrogram,
+    pad_waveforms,
+    to_device,
+)
 from model.modeling import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -171,13 +177,18 @@ class SpeechLLMProcessor(ProcessorMixin):
         return output_lens(self.connector, frame_lens)
 
     def features(
-        self, waveforms: Sequence[np.ndarray], device: torch.device | str = "cpu"
+        self,
+        waveforms: Sequence[np.ndarray],
+        device: torch.device | str = "cpu",
+        *,
+        fetches: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Compute log-mel features on `device`.
 
         Args:
             waveforms: mono float32 clips, 16 kHz, each (N_i,), at most 30 s.
             device: where to compute.
+            fetches: whether it copies each clip from where it lies, pinned, while the host goes on.
 
         Returns:
             (B, M, T) float32 and valid mel frames (B,).
@@ -186,8 +197,11 @@ class SpeechLLMProcessor(ProcessorMixin):
             ValueError: an empty, multi-channel or too long clip.
         """
         # Pinned, and the lengths looked at before they go: so the host waits for nothing.
-        is_cuda = torch.device(device).type == "cuda"
-        batch, sample_lens = pad_waveforms(waveforms, pin_memory=is_cuda)
+        if fetches:
+            batch, sample_lens = fetch_waveforms(waveforms, device)
+        else:
+            is_cuda = torch.device(device).type == "cuda"
+            batch, sample_lens = pad_waveforms(waveforms, pin_memory=is_cuda)
         features, frame_lens = log_mel_spectrogram(
             batch.to(device, non_blocking=True),
             sample_lens,

@@ -46,14 +46,20 @@ class AudioEncoder:
         self._model, self._processor = model, processor
         self._device = next(model.encoder.parameters()).device
 
-    def __call__(self, waveforms: Sequence[NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
-        """Encode clips, each (N_i,) float32, 16 kHz, at most 30 s.
+    def __call__(
+        self, waveforms: Sequence[NDArray[np.float32]], *, fetches: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Encode clips.
+
+        Args:
+            waveforms: each (N_i,) float32, 16 kHz, at most 30 s.
+            fetches: whether the device can fetch them from where they lie, and they stay there.
 
         Returns:
             Encoder frames (B, F, D), right-padded, which hold until the next call, and their
             lengths (B,).
         """
-        return self._encode(*self._processor.features(waveforms, self._device))
+        return self._encode(*self._processor.features(waveforms, self._device, fetches=fetches))
 
     def warm_up(self) -> None:
         """Prepare what can be."""

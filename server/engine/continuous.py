@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from server.engine.admission import Admission, Ticket
     from server.engine.interface import (
         Capabilities,
@@ -78,6 +81,7 @@ class ContinuousEngine:
         self._keys = itertools.count()
         self._thread: _DeviceThread | None = None
         self._core: EngineCore | None = None
+        self._shared: list[NDArray[np.float32]] = []
         self._restarts = 0
         self._restarting: asyncio.Task[None] | None = None
         self._death: asyncio.Future[Exception] | None = None
@@ -104,6 +108,8 @@ class ContinuousEngine:
     def _make_core(self) -> EngineCore:
         runner = self._load()
         runner.warm_up()
+        for samples in self._shared:
+            runner.share(samples)
         return EngineCore(
             runner,
             self._limits,
@@ -169,6 +175,18 @@ class ContinuousEngine:
         for key, submitted in list(self._waiting.items()):
             self.cancel(key)
             submitted.end(error)
+
+    def share(self, samples: NDArray[np.float32]) -> None:
+        """Let the device read clips that lie in `samples` (N,) where they are."""
+        self._shared.append(samples)
+        if self._thread is not None:
+            self._thread.post(lambda core: core.runner.share(samples))
+
+    def forget(self, samples: NDArray[np.float32]) -> None:
+        """No clip lies in `samples` any more."""
+        self._shared = [each for each in self._shared if each is not samples]
+        if self._thread is not None:
+            self._thread.post(lambda core: core.runner.forget(samples))
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what is admitted; after `timeout_s`, refuse the rest."""

@@ -436,6 +436,12 @@ class Runner(Protocol):
             failed: those of them that may hold what must reach nobody.
         """
 
+    def share(self, samples: NDArray[np.float32]) -> None:
+        """Be told of memory (N,) in which many clips will lie, to be read there; twice is once."""
+
+    def forget(self, samples: NDArray[np.float32]) -> None:
+        """Read no more clips from `samples`, which may be unmapped then."""
+
     def recover(self) -> None:
         """Free what a failed call may have left behind."""
 

@@ -460,12 +460,14 @@ class EngineHost:
                 self._collecting.add(collecting)
                 collecting.add_done_callback(self._collecting.discard)
 
+        self._engine.share(samples.memory)
         try:
             await channel.listen(hear)
         finally:
             # What it counted stays counted, or sums over all processes would go down.
             self._ended = [self._merge_metrics([], [*self._ended, self._channels.pop(channel)])]
             clips.cancel_all()
+            self._engine.forget(samples.memory)
             await channel.close()
 
     async def _collect(self, channel: _Channel, key: int) -> None:

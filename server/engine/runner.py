@@ -33,6 +33,7 @@ from server.engine.audio_encoder import AudioEncoder, RecordedAudioEncoder
 from server.engine.decode_step import HELD, NO_SOURCE, DecodeStep, RecordedStep, StepInputs
 from server.engine.decoder_pass import choose_pass
 from server.engine.decoding import GREEDY, MAX_BEAMS, Decoding, Token
+from server.engine.direct_memory import cuda_memory
 from server.engine.interface import Capabilities, Heard, Plan, StartReport
 from server.engine.kv_slots import KVSlots, layer_shapes, plan_slots
 from server.engine.packed_linear import pack_linear_layers
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from server.engine.decode_step import Launched
     from server.engine.decoder_pass import DecoderPass
     from server.engine.decoding import Candidates
+    from server.engine.direct_memory import DirectMemory
     from server.engine.recordings import Run
 
 _log = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ class SpeechRunner:
         record: Callable[[Run], Run] | None = None,
         runs_ahead: bool | None = None,
         num_beams: int | None = None,
+        direct_memory: DirectMemory | None = None,
     ) -> None:
         """Allocate the KV slots.
 
@@ -131,6 +134,8 @@ class SpeechRunner:
                 computes a token more for each answer that has ended meanwhile.
             num_beams: of the search for an answer whose request does not say; None takes the
                 checkpoint's own. No more than there are slots.
+            direct_memory: from which the device fetches clips by itself; None makes one for a CUDA
+                device.
 
         Raises:
             ValueError: the LLM is none that the engine can run, or not one slot fits.
@@ -141,6 +146,8 @@ class SpeechRunner:
             torch.cuda.set_device(self._device)
             # cuDNN's attention makes a plan for each new shape, on the host, and shapes never end.
             torch.backends.cuda.enable_cudnn_sdp(False)
+            direct_memory = direct_memory or cuda_memory(self._device)
+        self._direct_memory = direct_memory
         self._pads_batches = self._device.type == "cuda" if pads_batches is None else pads_batches
         self._runs_ahead = self._device.type == "cuda" if runs_ahead is None else runs_ahead
         self._llm: PreTrainedModel = self._model.llm
@@ -419,7 +426,8 @@ class SpeechRunner:
         wanted = [plan.input_ids.count(self._audio_token_id) for plan in plans]
         if audio_lens != wanted:
             raise RuntimeError(f"{wanted} audio positions, {audio_lens} embeddings")
-        frames, frame_lens = self._encode([plan.waveform for plan in plans])
+        waveforms = [plan.waveform for plan in plans]
+        frames, frame_lens = self._encode(waveforms, fetches=self._can_fetch(waveforms))
         for plan, row, count in zip(plans, frames, mel_frames, strict=True):
             if plan.heard is not None:
                 length = int(encoder_frame_lens(torch.tensor(count)))
@@ -430,6 +438,10 @@ class SpeechRunner:
                 f"{wanted} audio positions, {audio.audio_embeds.shape[1]} embeddings"
             )
         return audio
+
+    def _can_fetch(self, waveforms: Sequence[NDArray[np.float32]]) -> bool:
+        direct = self._direct_memory
+        return direct is not None and all(direct.holds(waveform) for waveform in waveforms)
 
     @torch.inference_mode()
     def step(self, rows: slice) -> list[Token | Candidates | None]:
@@ -573,6 +585,16 @@ class SpeechRunner:
             self._decode.warm_up()
             self._encode.warm_up()
         self._try(_WARM_UP_S[: self.n_slots])
+
+    def share(self, samples: NDArray[np.float32]) -> None:
+        """Let a CUDA device fetch clips that lie in samples (N,) by itself; twice is once."""
+        if self._direct_memory is not None:
+            self._direct_memory.share(samples)
+
+    def forget(self, samples: NDArray[np.float32]) -> None:
+        """Fetch no more clips from `samples`, which may be unmapped then."""
+        if self._direct_memory is not None:
+            self._direct_memory.forget(samples)
 
     def recover(self) -> None:
         """Free what a failed call may have left behind."""

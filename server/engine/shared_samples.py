@@ -17,7 +17,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_SAMPLE_BYTES = np.dtype(np.float32).itemsize
+SAMPLE_BYTES = np.dtype(np.float32).itemsize
+CHUNK_SAMPLES = 1 << 24  # 64 MiB; no waveform lies in two chunks, which may be pinned one by one
 _ALIGNMENT = 1024  # samples; a page
 
 
@@ -40,21 +41,30 @@ class SharedSamples:
         """Map a file that `create` made, in this process or in that which started it."""
         self.file = file
         self._samples = np.frombuffer(mmap.mmap(file, 0), np.float32)
-        self._free = [(0, self._samples.size)]  # from, to; sorted, and none beside another
+        size = self._samples.size
+        # From, to; sorted, and none beside another of its chunk.
+        self._free = [
+            (begin, min(begin + CHUNK_SAMPLES, size)) for begin in range(0, size, CHUNK_SAMPLES)
+        ]
+
+    @property
+    def memory(self) -> NDArray[np.float32]:
+        """All samples (N,), in use or not."""
+        return self._samples
 
     @classmethod
     def create(cls, samples: int) -> SharedSamples:
         """Make room for at least so many samples, none of which takes memory yet."""
         file = os.memfd_create("speechllm-samples")
         try:
-            os.ftruncate(file, _whole_pages(samples) * _SAMPLE_BYTES)
+            os.ftruncate(file, _whole_pages(samples) * SAMPLE_BYTES)
             return cls(file)
         except BaseException:
             os.close(file)
             raise
 
     def put(self, waveform: NDArray[np.float32]) -> Place | None:
-        """Copy a waveform (N,) to a free place; None where there is none."""
+        """Copy a waveform (N,), at most a chunk, to a free place; None where there is none."""
         wanted = _whole_pages(waveform.size)
         for index, (begin, end) in enumerate(self._free):
             if end - begin >= wanted:
@@ -72,9 +82,9 @@ class SharedSamples:
         """Let others have a place that `put` gave; once."""
         begin, end = place.first, place.first + _whole_pages(place.size)
         index = bisect_left(self._free, (begin, end))
-        if index < len(self._free) and self._free[index][0] == end:
+        if end % CHUNK_SAMPLES and index < len(self._free) and self._free[index][0] == end:
             end = self._free.pop(index)[1]
-        if index and self._free[index - 1][1] == begin:
+        if begin % CHUNK_SAMPLES and index and self._free[index - 1][1] == begin:
             index -= 1
             begin = self._free.pop(index)[0]
         self._free.insert(index, (begin, end))

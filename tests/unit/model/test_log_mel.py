@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
-from model.log_mel import WINDOW_SAMPLES, log_mel_spectrogram, mel_frame_lens, pad_waveforms
+from model.log_mel import (
+    WINDOW_SAMPLES,
+    fetch_waveforms,
+    log_mel_spectrogram,
+    mel_frame_lens,
+    pad_waveforms,
+)
 
 LENGTHS = [48_000, 16_000 * 7 + 77, 1_000, 161, 1]
 
@@ -64,6 +70,16 @@ def test_a_clip_longer_than_the_window_is_refused() -> None:
 def test_empty_and_multi_channel_clips_are_refused(waveform: np.ndarray) -> None:
     with pytest.raises(ValueError, match="waveform 1 must be mono"):
         pad_waveforms([noise(100), waveform])
+
+
+def test_clips_that_a_device_fetches_are_stacked_as_those_that_are_copied() -> None:
+    waveforms = [noise(n, seed) for seed, n in enumerate(LENGTHS)]
+    fetched, lens = fetch_waveforms(waveforms, "cpu")
+    expected, expected_lens = pad_waveforms(waveforms)
+    assert torch.equal(fetched, expected)
+    assert torch.equal(lens, expected_lens)
+    with pytest.raises(ValueError, match="waveform 1 must be mono"):
+        fetch_waveforms([noise(100), np.zeros(0, np.float32)], "cpu")
 
 
 def test_no_clip_is_refused() -> None:

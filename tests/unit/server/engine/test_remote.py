@@ -168,6 +168,20 @@ async def test_who_leaves_frees_a_slot_and_so_does_a_front_end(runner):
         assert (await second.submit(request(CLIPS[0]))).token_ids
 
 
+async def test_the_runner_knows_the_memory_of_each_front_end_as_long_as_it_lives(runner):
+    known = []
+    runner.share = known.append
+    runner.forget = lambda samples: known.remove(next(e for e in known if e is samples))
+    async with serving(runner) as server:
+        await server.remotes[0].submit(request(CLIPS[0]))
+        # At least once each: of those that came while the model was loaded it may hear twice.
+        assert len({id(samples) for samples in known}) == 2
+        known[:] = {id(samples): samples for samples in known}.values()
+        server.remotes[0]._channel._transport.abort()
+        await until(lambda: len(known) == 1)
+        assert (await server.remotes[1].submit(request(CLIPS[0]))).token_ids
+
+
 async def test_admission_sees_what_others_have_taken_on(runner):
     async with serving(runner, max_requests=3) as server:
         first, second = server.remotes

@@ -1,6 +1,7 @@
 """Clips in shared memory: nobody's samples are another's, and all of the room comes back."""
 
 import os
+from unittest import mock
 
 import numpy as np
 from hypothesis import given
@@ -49,6 +50,24 @@ def test_a_waveform_for_which_there_is_no_room_changes_nothing():
     assert engines.view(first).min() == 1
     front_ends.give_back(first)
     assert front_ends.put(np.zeros(20_000, np.float32)) is not None
+
+
+@given(st.lists(st.tuples(st.integers(1, 15_000), st.booleans()), max_size=40))
+def test_no_waveform_lies_in_two_chunks(clips):
+    with mock.patch("server.engine.shared_samples.CHUNK_SAMPLES", 16_384):
+        front_ends, _ = shared()
+        held = []
+        for size, leaves in clips:
+            place = front_ends.put(np.zeros(size, np.float32))
+            if place is not None:
+                assert place.first // 16_384 == (place.first + size - 1) // 16_384
+                held.append(place)
+            if leaves and held:
+                front_ends.give_back(held.pop(0))
+        for place in held:
+            front_ends.give_back(place)
+        for _ in range(ROOM // 16_384):  # what is free of a chunk is in one piece again
+            assert front_ends.put(np.zeros(16_384, np.float32)) is not None
 
 
 def test_samples_that_are_no_float32_or_not_in_a_row_are_copied_as_such():
