@@ -58,16 +58,13 @@ _Message = tuple[str, int, Any]  # kind, key, value
 _Hear = Callable[[str, int, Any], None]
 
 
-def _hear_nothing(_kind: str, _key: int, _value: object) -> None:
-    """Until somebody listens."""
-
-
 class _Channel(asyncio.BufferedProtocol):
     """One end of the socket pair. What is sent within one turn of the event loop goes as one."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._hear: _Hear = _hear_nothing
+        self._early: list[_Message] = []
+        self._hear: _Hear = self._keep
         self._outbox: list[_Message] = []
         self._can_write = asyncio.Event()
         self._closed = asyncio.Event()
@@ -77,7 +74,6 @@ class _Channel(asyncio.BufferedProtocol):
 
     @classmethod
     async def over(cls, end: socket.socket) -> _Channel:
-        """Connect; nothing is received before `listen`."""
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         _, channel = await asyncio.get_running_loop().create_unix_connection(cls, sock=end)
@@ -102,8 +98,9 @@ class _Channel(asyncio.BufferedProtocol):
                 raised it. The channel is closed then.
         """
         self._hear = hear
-        if self._transport is not None:
-            self._transport.resume_reading()
+        for message in self._early:
+            hear(*message)
+        self._early.clear()
         await self._closed.wait()
         if self._error is not None:
             raise self._error
@@ -136,6 +133,10 @@ class _Channel(asyncio.BufferedProtocol):
             for message in pickle.loads(messages):  # noqa: S301 - from our own process
                 self._hear(*message)
 
+    def _keep(self, kind: str, key: int, value: object) -> None:
+        """Until somebody listens."""
+        self._early.append((kind, key, value))
+
     def _give_up(self, error: Exception) -> None:
         self._error = error
         if self._transport is not None:
@@ -143,7 +144,6 @@ class _Channel(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - of a socket
         self._transport = transport
-        transport.pause_reading()
         self._can_write.set()
 
     def connection_lost(self, exc: Exception | None) -> None:

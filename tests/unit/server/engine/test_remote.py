@@ -310,6 +310,24 @@ async def test_messages_arrive_whole_in_whatever_parts_they_come():
     await receiver.close()
 
 
+async def test_what_arrives_before_anybody_listens_is_heard_first():
+    ours, theirs = socket.socketpair()
+    packets = (pickle.dumps([("submit", key, None)]) for key in range(3))
+    for packet in packets:
+        ours.sendall(_LENGTH.pack(len(packet)) + packet)
+    receiver, heard = await _Channel.over(theirs), []
+    await asyncio.sleep(0.05)
+    listening = asyncio.create_task(receiver.listen(lambda _, key, __: heard.append(key)))
+    await until(lambda: len(heard) == 3)
+    packet = pickle.dumps([("submit", 3, None)])
+    ours.sendall(_LENGTH.pack(len(packet)) + packet)
+    await until(lambda: len(heard) == 4)
+    assert heard == [0, 1, 2, 3]
+    ours.close()
+    await listening
+    await receiver.close()
+
+
 async def test_without_its_engine_a_front_end_knows_why(runner):
     async with serving(runner) as server:
         asked = asyncio.create_task(server.remotes[0].submit(request(LONG)))
