@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from server.app import build_engine
 from server.audio.clip import SAMPLE_RATE_HZ
 from server.board import Board
+from server.children import environment
 from server.engine.remote import EngineHost
 from server.engine.shared_samples import SharedSamples
 from server.front_end import Orders
@@ -146,14 +147,11 @@ class _FrontEnds:
         ours, theirs = socket.socketpair()
         files = (self._listener.fileno(), theirs.fileno(), self._board.file, samples.file)
         orders = Orders(self._settings, place, self._board.keys, *files)
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)
-        }
         try:
             # A session of its own: Ctrl+C in a terminal ends this process, which ends the others.
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "server.front_end",
-                stdin=asyncio.subprocess.PIPE, pass_fds=files, env=environment,
+                stdin=asyncio.subprocess.PIPE, pass_fds=files, env=environment(),
                 start_new_session=True,
             )  # fmt: skip
         except BaseException:

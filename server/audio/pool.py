@@ -17,11 +17,10 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from server import errors
 from server.audio import wire
 from server.audio.clip import SAMPLE_RATE_HZ, Excerpt, Progress
+from server.children import environment
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine
@@ -32,6 +31,8 @@ _log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
 _RESTART_PAUSE_S = 1.0
+_WRITTEN_BYTES = 1 << 20  # at once
+_CLOSED = -1
 _LEND_AFTER_S = 1.0  # that a process has waited for its reader; starting another takes as long
 _AUDIO_ERRORS: dict[str, type[errors.AudioError]] = {
     kind.__name__: kind for kind in errors.AudioError.__subclasses__()
@@ -95,7 +96,7 @@ class DecodePool:
     ) -> AsyncGenerator[Excerpt | Progress, None]:
         """Decode an upload, and cut it into excerpts; waits for a free process.
 
-        Nothing is decoded ahead of the reader but what fits into the pipe. Close the generator:
+        Nothing is decoded ahead of the reader but one excerpt. Close the generator:
         then the process of a short upload finishes unheard, and that of a long one is ended.
 
         Args:
@@ -237,65 +238,91 @@ class _Job:
 
 
 class _Worker:
-    """A process and the pipes to it."""
+    """A process, the pipes to it, and the files in memory that both have open."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, upload: int, samples: int) -> None:
         if process.stdin is None or process.stdout is None:
             raise OSError("a decoding process has no pipes")
         self.process = process
         self._stdin, self._stdout = process.stdin, process.stdout
+        self._upload, self._samples = upload, samples
 
     @classmethod
     async def spawn(cls) -> _Worker:
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        # A session of its own: Ctrl+C in a terminal must not end the decoders while we drain.
-        creation = asyncio.create_subprocess_exec(
-            sys.executable, "-m", "server.audio.worker",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            limit=1 << 20, env=environment, start_new_session=True,
-        )  # fmt: skip
-        creating = asyncio.ensure_future(creation)
-        try:
-            return cls(await asyncio.shield(creating))
-        except asyncio.CancelledError:
-            # Cancelled itself, asyncio may leave a pipe open that it was about to connect.
-            await cls(await creating).end()
-            raise
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        with contextlib.ExitStack() as opened:
+            files = []
+            for _ in range(2):
+                files.append(wire.open_memory())
+                opened.callback(os.close, files[-1])
+            # A session of its own: Ctrl+C in a terminal must not end the decoders while we drain.
+            creation = asyncio.create_subprocess_exec(
+                sys.executable, "-m", "server.audio.worker", *map(str, files),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+                pass_fds=files, env=environment() | one_thread, start_new_session=True,
+            )  # fmt: skip
+            creating = asyncio.ensure_future(creation)
+            try:
+                worker = cls(await asyncio.shield(creating), *files)
+            except asyncio.CancelledError:
+                # Cancelled itself, asyncio may leave a pipe open that it was about to connect.
+                worker = cls(await creating, *files)
+                opened.pop_all()
+                await worker.end()
+                raise
+            opened.pop_all()
+            return worker
 
     async def wait_until_ready(self) -> None:
         """Raises OSError if the process does not start."""
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                await wire.read_async(self._stdout, 0)
+                await wire.read_async(self._stdout)
         except (asyncio.IncompleteReadError, TimeoutError, ValueError) as error:
             raise OSError("a decoding process does not start") from error
 
     async def send(self, request: dict[str, Any], data: bytes) -> None:
-        self._stdin.write(wire.pack(request, len(data)))
-        self._stdin.write(data)
-        await self._stdin.drain()
+        for place in range(0, len(data), _WRITTEN_BYTES):
+            if place:
+                await asyncio.sleep(0)  # the event loop has more to do
+            wire.write_at(self._upload, memoryview(data)[place : place + _WRITTEN_BYTES], place)
+        await self._tell(request | {"bytes": len(data)})
 
     async def receive(self, max_samples: int) -> Excerpt | Progress | errors.AudioError:
-        most = max_samples * np.dtype(np.float32).itemsize
-        header, payload = await wire.read_async(self._stdout, most)
-        if "error" in header:
-            return _AUDIO_ERRORS[header["error"]](header["message"])
-        if "decoded_s" in header:
-            return Progress(**header)
-        waveform = np.frombuffer(payload, np.float32).copy()  # writable, as torch wants it
-        speech_start, speech_end = header["speech"]
-        return Excerpt(waveform, int(header["start"]), int(speech_start), int(speech_end))
+        # Whoever asks for more has taken what there was.
+        while "waits" in (message := await wire.read_async(self._stdout)):
+            await self._tell({"goes_on": True})
+        if "error" in message:
+            return _AUDIO_ERRORS[message["error"]](message["message"])
+        if "decoded_s" in message:
+            return Progress(**message)
+        count = message["samples"]
+        if not 0 <= count <= max_samples:
+            raise ValueError(f"an excerpt of {count} samples")
+        speech_start, speech_end = message["speech"]
+        waveform = wire.read_samples(self._samples, count)
+        return Excerpt(waveform, int(message["start"]), int(speech_start), int(speech_end))
+
+    async def _tell(self, message: dict[str, Any]) -> None:
+        self._stdin.write(wire.pack(message))
+        await self._stdin.drain()
 
     async def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         self._stdin.close()
-        await self.process.wait()
-        # The pipes close behind the process; nothing of it is to be open when the loop ends.
-        with contextlib.suppress(OSError):
-            await self._stdout.read()
-            await self._stdin.wait_closed()
+        try:
+            await self.process.wait()
+            # The pipes close behind the process; nothing of it is to be open when the loop ends.
+            with contextlib.suppress(OSError):
+                await self._stdout.read()
+                await self._stdin.wait_closed()
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        """Close what is open; once, since others may have these numbers then."""
+        files, self._upload, self._samples = (self._upload, self._samples), _CLOSED, _CLOSED
+        for file in files:
+            if file != _CLOSED:
+                os.close(file)

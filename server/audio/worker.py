@@ -1,16 +1,18 @@
-"""One decoding process: `python -m server.audio.worker`, driven by `server.audio.pool`.
+"""One decoding process: `python -m server.audio.worker UPLOAD SAMPLES`, driven by the pool.
 
-Reads uploads from stdin, and for each writes excerpts and progress to stdout until it is done;
-while nobody reads, the pipe fills and it waits. Ends when stdin does.
+The two are open files in memory. A request on stdin says how long the upload is that lies in the
+first; excerpts, in the second one after another, and progress are told on stdout until it is done.
+An excerpt waits until the one before has been taken. Ends when stdin does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _MEMORY_BYTES = 2 << 30  # address space; the libraries alone take about a quarter
 _NICENESS = 10  # where cores are scarce, the event loop and the engine go first
+_KEPT_BYTES = 8 << 20  # of an upload's file; the memory of a larger one is given back
 _PROGRESS_S = 30.0  # of audio between two reports
 
 
@@ -38,19 +41,48 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
-    answers.write(wire.pack({"ready": True}, 0))
-    answers.flush()
+    upload, samples = map(int, sys.argv[1:])
+    server = _Server(sys.stdin.buffer, answers, samples)
+    server.tell({"ready": True})
     os.dup2(silence, 2)
-    while (message := wire.read_blocking(sys.stdin.buffer)) is not None:
-        for header, payload in _answers(*message):
-            answers.write(wire.pack(header, len(payload)))
-            answers.write(payload)
-            answers.flush()
+    with contextlib.suppress(EOFError):
+        while (request := server.next()) is not None:
+            data = os.pread(upload, request["bytes"], 0)
+            if len(data) > _KEPT_BYTES:
+                os.ftruncate(upload, 0)
+            _decode(data, request, server)
 
 
-def _answers(
-    request: dict[str, Any], data: bytes
-) -> Iterator[tuple[dict[str, Any], bytes | memoryview]]:
+class _Server:
+    """The other end."""
+
+    def __init__(self, messages: BinaryIO, answers: BinaryIO, samples: int) -> None:
+        self._messages = messages
+        self._answers = answers
+        self._samples = samples
+
+    def next(self) -> dict[str, Any] | None:
+        """Wait for a message; None once the server has closed the pipe."""
+        return wire.read_blocking(self._messages)
+
+    def tell(self, message: dict[str, Any]) -> None:
+        self._answers.write(wire.pack(message))
+        self._answers.flush()
+
+    def give(self, excerpt: Excerpt, *, is_first: bool) -> None:
+        """Lay an excerpt down, where the one before has been taken from; EOFError if nobody is."""
+        if not is_first:
+            self.tell({"waits": True})
+            if self.next() is None:
+                raise EOFError
+        waveform = np.ascontiguousarray(excerpt.waveform, np.float32)
+        wire.write_at(self._samples, waveform.view(np.uint8).data)
+        speech = [excerpt.speech_start, excerpt.speech_end]
+        self.tell({"start": excerpt.start, "speech": speech, "samples": len(waveform)})
+
+
+def _decode(data: bytes, request: dict[str, Any], server: _Server) -> None:
+    """Give the excerpts of an upload, and tell of progress, or of why there is none."""
     try:
         decoder = StreamDecoder(data, AudioLimits(**request["limits"]))
         found = excerpts(
@@ -60,17 +92,18 @@ def _answers(
             finds_speech=request["finds_speech"],
             places_speech=request["places_speech"],
         )
+        is_first = True
         for each in _thinned(found):
             if isinstance(each, Progress):
-                yield asdict(each), b""
+                server.tell(asdict(each))
             else:
-                header = {"start": each.start, "speech": [each.speech_start, each.speech_end]}
-                yield header, np.ascontiguousarray(each.waveform).view(np.uint8).data
+                server.give(each, is_first=is_first)
+                is_first = False
     except errors.AudioError as error:
-        yield {"error": type(error).__name__, "message": error.message}, b""
+        server.tell({"error": type(error).__name__, "message": error.message})
     except MemoryError:
         message = "decoding the audio takes more memory than allowed"
-        yield {"error": errors.AudioUnreadableError.__name__, "message": message}, b""
+        server.tell({"error": errors.AudioUnreadableError.__name__, "message": message})
 
 
 def _thinned(found: Iterator[Excerpt | Progress]) -> Iterator[Excerpt | Progress]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,70 @@ async def test_a_hanging_process_is_ended_and_replaced():
         assert pool.process_ids != [process_id]
     finally:
         await pool.stop()
+
+
+HOSTILE = """#!{python}
+import json, os, sys
+upload, samples = map(int, sys.argv[3:])
+def tell(message):
+    encoded = message if isinstance(message, bytes) else json.dumps(message).encode()
+    os.write(1, len(encoded).to_bytes(4, "big") + encoded)
+tell({{"ready": True}})
+while os.read(0, 1 << 20):
+    os.ftruncate(samples, 0)
+    for message in {messages}:
+        tell(message)
+"""
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"start": 0, "speech": [0, 9], "samples": 9}],  # which are not there
+        [{"start": 0, "speech": [0, 9], "samples": 1 << 40}],
+        [{"start": 0, "speech": [0, 9], "samples": -1}],
+        [{"start": 0, "speech": [0, 9], "samples": "9"}],
+        [{"start": 0, "speech": None, "samples": 0}],
+        [{"decoded_s": 1.0, "is_short": True}],
+        [{"error": "SystemExit", "message": "no error of audio"}],
+        [{}],
+        [b"[1, 2]"],
+        [b"{"],
+    ],
+)
+async def test_a_process_that_says_something_wrong_costs_one_request(
+    tmp_path, monkeypatch, messages
+):
+    program = tmp_path / "python"
+    program.write_text(HOSTILE.format(python=sys.executable, messages=messages))
+    program.chmod(0o700)
+    pool = DecodePool(1, timeout_s=30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(program))
+        await pool.start()
+    try:
+        (process_id,) = pool.process_ids
+        with pytest.raises(DecoderCrashedError):
+            await decode(pool, encode(tone(0.5)))
+        _, end = await decode(pool, encode(tone(0.5)))  # by the one in its place
+        assert end.decoded_s == 0.5
+        assert pool.process_ids != [process_id]
+    finally:
+        await pool.stop()
+
+
+async def test_a_large_upload_takes_no_memory_once_it_is_read(pool):
+    (worker,) = pool._workers
+    for seconds, is_kept in ((1.0, True), (300.0, False), (2.0, True)):
+        waveform = np.zeros(int(seconds * 16_000), np.float32)
+        limits = AudioLimits(max_audio_s=400.0)
+        excerpts, end = await decode(pool, encode(waveform), limits, max_excerpt_s=30.0)
+        assert sum(len(each.waveform) for each in excerpts) == len(waveform)
+        assert end.decoded_s == seconds
+        if pool._workers == {worker}:  # else it had to wait for us, and another took its place
+            assert bool(os.fstat(worker._upload).st_size) is is_kept
+        else:
+            (worker,) = pool._workers
 
 
 @pytest.mark.parametrize("turns", range(12))
