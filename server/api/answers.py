@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from server.api.schemas import LogprobBody
-    from server.runtime import Runtime
     from server.transcription import Segment, Timestamps, Transcription, Word
 
 FILE_FORMATS: dict[str, tuple[Callable[[Transcription], str], str]] = {
@@ -42,7 +41,6 @@ def file_response(transcription: Transcription, form: str) -> Response:
 
 
 def own_json(
-    runtime: Runtime,
     transcription: Transcription,
     *,
     timestamps: Timestamps,
@@ -63,7 +61,7 @@ def own_json(
             for segment in transcription.segments
         ]
     if logprobs:
-        body.logprobs = _logprobs(runtime, transcription)
+        body.logprobs = _logprobs(transcription)
     return body.model_dump(exclude_unset=True)
 
 
@@ -78,15 +76,13 @@ def own_verbose_json(
     return body.model_dump(exclude_unset=True)
 
 
-def openai_json(
-    runtime: Runtime, transcription: Transcription, *, logprobs: bool
-) -> dict[str, Any]:
+def openai_json(transcription: Transcription, *, logprobs: bool) -> dict[str, Any]:
     """Return OpenAI's `json`."""
     body = OpenAIBody.model_validate(
         {"text": transcription.text, "usage": formats.usage(transcription)}
     )
     if logprobs:
-        body.logprobs = _logprobs(runtime, transcription)
+        body.logprobs = _logprobs(transcription)
     return body.model_dump(exclude_unset=True)
 
 
@@ -124,7 +120,7 @@ def _word(word: Word) -> WordBody:
     return WordBody(word=word.text, start=round(word.start_s, 3), end=round(word.end_s, 3))
 
 
-def _logprobs(runtime: Runtime, transcription: Transcription) -> list[LogprobBody]:
+def _logprobs(transcription: Transcription) -> list[LogprobBody]:
     answers = []
     for segment in transcription.segments:
         spelt = zip(segment.token_bytes or (), segment.logprobs or (), strict=False)

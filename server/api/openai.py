@@ -63,7 +63,7 @@ async def create_transcription(request: Request, caller: CallerDependency) -> Re
         return await events.stream_events(
             request,
             lambda tell: caller.transcribe(recording, options, Listener(on_text=tell)),
-            done=partial(_whole_text, runtime, form),
+            done=partial(_whole_text, form),
         )
     transcription = await run_while_connected(request, caller.transcribe(recording, options))
     if form.response_format in answers.FILE_FORMATS:
@@ -76,12 +76,12 @@ async def create_transcription(request: Request, caller: CallerDependency) -> Re
             words=form.words,
         )
     else:
-        body = answers.openai_json(runtime, transcription, logprobs=form.logprobs)
+        body = answers.openai_json(transcription, logprobs=form.logprobs)
     return JSONResponse(body)
 
 
-def _whole_text(runtime: Runtime, form: OpenAIForm, transcription: Transcription) -> dict[str, Any]:
-    body = answers.openai_json(runtime, transcription, logprobs=form.logprobs)
+def _whole_text(form: OpenAIForm, transcription: Transcription) -> dict[str, Any]:
+    body = answers.openai_json(transcription, logprobs=form.logprobs)
     return {"type": "transcript.text.done", **body}
 
 

@@ -22,7 +22,6 @@ from server.longform import Listener
 if TYPE_CHECKING:
     from server.api.upload import Upload
     from server.options import TranscribeOptions
-    from server.runtime import Runtime
     from server.transcription import Transcription
 
 router = APIRouter(tags=["transcription"])
@@ -70,16 +69,16 @@ async def transcribe(request: Request, caller: CallerDependency) -> Response:
         return await events.stream_events(
             request,
             lambda tell: caller.transcribe(recording, options, Listener(tell, tell)),
-            done=partial(_whole_text, caller.runtime, form),
+            done=partial(_whole_text, form),
         )
     if form.progress:
         return await events.stream_events(
             request,
             lambda tell: caller.transcribe(recording, options, Listener(on_advance=tell)),
-            done=partial(_whole_answer, caller.runtime, form),
+            done=partial(_whole_answer, form),
         )
     transcription = await run_while_connected(request, caller.transcribe(recording, options))
-    return _answer(caller.runtime, form, transcription)
+    return _answer(form, transcription)
 
 
 def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
@@ -89,22 +88,19 @@ def _merge(request: Request, upload: Upload) -> list[tuple[str, str]]:
     return [*upload.fields, *(field for field in query if field[0] not in in_form)]
 
 
-def _answer(runtime: Runtime, form: TranscribeForm, transcription: Transcription) -> Response:
+def _answer(form: TranscribeForm, transcription: Transcription) -> Response:
     if form.response_format in answers.FILE_FORMATS:
         return answers.file_response(transcription, form.response_format)
-    return JSONResponse(json_body(runtime, form, transcription))
+    return JSONResponse(json_body(form, transcription))
 
 
-def json_body(
-    runtime: Runtime, form: TranscribeForm, transcription: Transcription
-) -> dict[str, Any]:
+def json_body(form: TranscribeForm, transcription: Transcription) -> dict[str, Any]:
     """Return the answer in the form's format, `json` or `verbose_json`."""
     if form.response_format == "verbose_json":
         return answers.own_verbose_json(
             transcription, temperature=form.temperature, words=form.timestamps == "word"
         )
     return answers.own_json(
-        runtime,
         transcription,
         timestamps=form.timestamps or "none",
         hypotheses=form.n_best > 1,
@@ -112,22 +108,18 @@ def json_body(
     )
 
 
-def _whole_text(
-    runtime: Runtime, form: TranscribeForm, transcription: Transcription
-) -> dict[str, Any]:
+def _whole_text(form: TranscribeForm, transcription: Transcription) -> dict[str, Any]:
     """OpenAI's last event, and whatever the plain answer has besides."""
     return {
         "type": "transcript.text.done",
-        **answers.openai_json(runtime, transcription, logprobs=False),
-        **json_body(runtime, form, transcription),
+        **answers.openai_json(transcription, logprobs=False),
+        **json_body(form, transcription),
     }
 
 
-def _whole_answer(
-    runtime: Runtime, form: TranscribeForm, transcription: Transcription
-) -> dict[str, Any]:
+def _whole_answer(form: TranscribeForm, transcription: Transcription) -> dict[str, Any]:
     """The plain answer's body, whatever its format, in an event."""
-    answer = _answer(runtime, form, transcription)
+    answer = _answer(form, transcription)
     return {"type": "transcript.done", "body": bytes(answer.body).decode()}
 
 
@@ -163,7 +155,7 @@ async def _transcribe_many(
                 transcription = await caller.transcribe(recording, options)
             except ServerError as error:
                 return server_error_body(caller.request, error)
-        return json_body(caller.runtime, form, transcription)
+        return json_body(form, transcription)
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(answer(recording)) for recording in recordings]

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 _DEMUXERS = {"ogg": "ogg", "mp4": "mov", "webm": "matroska", "adts": "aac"}
 _CODECS = {"aac", "alac", "flac", "mp3", "mp3float", "opus", "libopus", "vorbis"}
-# Floats scaled as 16-bit integers pass; the power spectrum of more would overflow in the log-mel.
 _BLOCK_S = 5  # decoded at once
+# Floats scaled as 16-bit integers pass; the power spectrum of more would overflow in the log-mel.
 _MAX_AMPLITUDE = 1e6
 
 

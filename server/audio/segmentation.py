@@ -6,7 +6,8 @@ somebody speaks on for too long, at the quietest point of the second half of the
 nothing and double nothing: an excerpt begins at the sample at which the one before was cut. Only
 audio without speech is left out.
 
-At most what stays in one piece, a second of audio and the padding around speech are held at a time.
+At most what stays in one piece, a block of the decoder's and the padding around speech are held at
+a time.
 
 All positions are counted in frames of `FRAME_SAMPLES`, from the recording's begin.
 """

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _MEMORY_BYTES = 2 << 30  # address space; the libraries alone take about a quarter
+_FILE_BYTES = 64 << 20  # of samples, 17 minutes; files in memory are not address space
 _NICENESS = 10  # where cores are scarce, the event loop and the engine go first
 _KEPT_BYTES = 8 << 20  # of an upload's file; the memory of a larger one is given back
 _PROGRESS_S = 30.0  # of audio between two reports
@@ -35,6 +36,7 @@ _PROGRESS_S = 30.0  # of audio between two reports
 def main() -> None:
     """Answer messages until the server closes the pipe."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
     # Decoding libraries print; the answers get a descriptor of their own.

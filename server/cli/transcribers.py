@@ -142,7 +142,7 @@ class _InProcess:
         if self._form.response_format in FILE_FORMATS:
             write, _ = FILE_FORMATS[self._form.response_format]
             return write(transcription)
-        body = json_body(self._runtime, self._form, transcription)
+        body = json_body(self._form, transcription)
         return json.dumps(body, ensure_ascii=False)
 
 

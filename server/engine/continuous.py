@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -82,6 +83,7 @@ class ContinuousEngine:
         self._thread: _DeviceThread | None = None
         self._core: EngineCore | None = None
         self._shared: list[NDArray[np.float32]] = []
+        self._left: deque[NDArray[np.float32]] = deque()
         self._restarts = 0
         self._restarting: asyncio.Task[None] | None = None
         self._death: asyncio.Future[Exception] | None = None
@@ -108,8 +110,7 @@ class ContinuousEngine:
     def _make_core(self) -> EngineCore:
         runner = self._load()
         runner.warm_up()
-        for samples in self._shared:
-            runner.share(samples)
+        self._share_with(runner)
         return EngineCore(
             runner,
             self._limits,
@@ -179,14 +180,25 @@ class ContinuousEngine:
     def share(self, samples: NDArray[np.float32]) -> None:
         """Let the device read clips that lie in `samples` (N,) where they are."""
         self._shared.append(samples)
-        if self._thread is not None:
-            self._thread.post(lambda core: core.runner.share(samples))
+        self._tell_of_memory()
 
     def forget(self, samples: NDArray[np.float32]) -> None:
         """No clip lies in `samples` any more."""
         self._shared = [each for each in self._shared if each is not samples]
+        self._left.append(samples)
+        self._tell_of_memory()
+
+    def _tell_of_memory(self) -> None:
         if self._thread is not None:
-            self._thread.post(lambda core: core.runner.forget(samples))
+            self._thread.post(lambda core: self._share_with(core.runner))
+
+    def _share_with(self, runner: Runner) -> None:
+        """Let a runner know, in its thread, what memory there is, and what it may read no more."""
+        while self._left:  # where it stays mapped until then, be it through an engine's death
+            runner.forget(self._left[0])
+            self._left.popleft()
+        for samples in self._shared:
+            runner.share(samples)
 
     async def drain(self, timeout_s: float) -> None:
         """Finish what is admitted; after `timeout_s`, refuse the rest."""

@@ -521,7 +521,9 @@ class EngineCore:
                 if (active := self._attentive.get(lane)) is not None:
                     output = outputs[row] if outputs else None
                     token = output if isinstance(output, Token) else Token(token_id)
-                    self._tell(active, token, grown.ended.get(lane))
+                    if not self._tell(active, token, grown.ended.get(lane)):
+                        failed.append(active)
+                        grown.ended.pop(lane, None)
         for lane in grown.again:
             self._restart(self._owners[lane])
         for lane, reason in grown.ended.items():
@@ -541,8 +543,9 @@ class EngineCore:
         return did_well
 
     def _finish(self, active: _Active, reason: FinishReason, now_s: float) -> None:
-        self._outcome.answers.append((active.queued.key, self._answer(active, reason, now_s)))
-        self._leave(active, reason)
+        answer = self._answer(active, reason, now_s)
+        self._outcome.answers.append((active.queued.key, answer))
+        self._leave(active, "failed" if isinstance(answer, ServerError) else reason)
 
     def _branch(
         self, active: _Active, search: BeamSearch, candidates: Sequence[Candidates]
@@ -581,13 +584,19 @@ class EngineCore:
             self._release(freed)
         self.runner.restart(active.rows[0], LOOP_RETRY_PENALTY)
 
-    def _tell(self, active: _Active, token: Token, reason: FinishReason | None) -> None:
+    def _tell(self, active: _Active, token: Token, reason: FinishReason | None) -> bool:
+        """Hand on a token to whoever wants each; returns whether it could be spelt."""
         if token.logprob is not None and token.id not in self.runner.stop_ids:
             active.logprobs.append(token.logprob)
         if active.stream is not None:
             token_ids = self._answers.token_ids(active.lane)
-            text = active.stream.push(token_ids, is_last=reason is not None)
+            try:
+                text = active.stream.push(token_ids, is_last=reason is not None)
+            except Exception:  # noqa: BLE001 - a tokenizer may raise anything; logged
+                self._note_failure("spell", [active.queued])
+                return False
             self._outcome.pieces.append((active.queued.key, Piece(text, token, reason)))
+        return True
 
     def _answer(
         self, active: _Active, reason: FinishReason, now_s: float

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +25,13 @@ _log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = CHUNK_SAMPLES * SAMPLE_BYTES
 _PORTABLE = 1  # pinned for every CUDA context of the process
-_SUCCESS, _REGISTERED_ALREADY = 0, 712  # of cudaError_t
+_SUCCESS = 0  # of cudaError_t
 
 
 class DirectMemory:
     """Pins what is shared, chunk by chunk and not before a clip lies there: pinning takes memory.
 
-    Owned by the device's thread.
+    Owned by the device's thread. What was shared stays mapped until it is forgotten.
     """
 
     def __init__(
@@ -80,21 +81,20 @@ class DirectMemory:
         return self._is_pinned[chunk]
 
 
+@cache
 def cuda_memory(device: torch.device) -> DirectMemory:
-    """Make what pins memory for a CUDA device."""
+    """What pins memory for a CUDA device; of the process, as what is pinned is, not of a runner."""
 
     def pin(address: int, size: int) -> bool:
         status = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE))
-        if status != _SUCCESS:
-            _drop_error(device)
-        # Already: by an engine that has died.
-        is_pinned = status in {_SUCCESS, _REGISTERED_ALREADY}
-        if not is_pinned:
-            _log.warning(
-                "shared memory cannot be pinned, and its clips are copied",
-                extra=structured(cuda_error=status, bytes=size),
-            )
-        return is_pinned
+        if status == _SUCCESS:
+            return True
+        _drop_error(device)
+        _log.warning(
+            "shared memory cannot be pinned, and its clips are copied",
+            extra=structured(cuda_error=status, bytes=size),
+        )
+        return False
 
     def unpin(addresses: Sequence[int]) -> None:
         if addresses:

@@ -98,8 +98,11 @@ class _Channel(asyncio.BufferedProtocol):
                 raised it. The channel is closed then.
         """
         self._hear = hear
-        for message in self._early:
-            hear(*message)
+        try:
+            for message in self._early:
+                hear(*message)
+        except Exception as error:  # noqa: BLE001 - handed on
+            self._give_up(error)
         self._early.clear()
         await self._closed.wait()
         if self._error is not None:
@@ -464,10 +467,10 @@ class EngineHost:
         try:
             await channel.listen(hear)
         finally:
-            # What it counted stays counted, or sums over all processes would go down.
-            self._ended = [self._merge_metrics([], [*self._ended, self._channels.pop(channel)])]
             clips.cancel_all()
             self._engine.forget(samples.memory)
+            # What it counted stays counted, or sums over all processes would go down.
+            self._ended = [self._merge_metrics([], [*self._ended, self._channels.pop(channel)])]
             await channel.close()
 
     async def _collect(self, channel: _Channel, key: int) -> None:

@@ -1,8 +1,10 @@
 """The engine over its thread, on a small real model; faults and waits come from its runner."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -231,6 +233,48 @@ async def test_admission_is_bounded_by_audio_and_what_runs_does_not_count(runner
             assert engine.stats().admitted_audio_s == 25.0
             runner.gate.set()
             await held
+
+
+async def test_memory_is_told_of_and_forgotten_through_an_engines_death(tiny):
+    """Also what comes and goes while none runs: nothing is unmapped before it is forgotten."""
+    heard, may_load = [], threading.Event()
+
+    def load():
+        assert may_load.wait(60)
+        runner = FaultyRunner(SpeechRunner(tiny, max_slots=4))
+        runner.share = lambda samples: heard.append(("share", samples[0]))
+        runner.forget = lambda samples: heard.append(("forget", samples[0]))
+        loaded.append(runner)
+        return runner
+
+    loaded = []
+    engine = make_engine(load)
+    first, second, third = (np.full(10, number, np.float32) for number in range(3))
+    engine.share(first)
+    engine.share(second)
+    engine.forget(first)
+    may_load.set()
+    await engine.start()
+    try:
+        assert heard == [("forget", 0), ("share", 1)]
+        may_load.clear()
+        loaded[0].is_broken = True
+        with pytest.raises(InferenceFailedError):
+            await engine.submit(request(CLIPS[0]))
+        heard.clear()
+        gone = weakref.ref(second)
+        engine.forget(second)
+        del second
+        gc.collect()
+        assert gone() is not None
+        engine.share(third)
+        may_load.set()
+        await until(lambda: engine.stats().alive)
+        assert heard[:2] == [("forget", 1), ("share", 2)]
+        await until(lambda: gone() is None)
+        assert (await engine.submit(request(CLIPS[0]))).token_ids
+    finally:
+        await engine.stop()
 
 
 async def test_a_deadline_that_passes_while_a_request_waits_or_runs_is_an_error(runner):

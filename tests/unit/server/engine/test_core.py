@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -466,6 +467,30 @@ def test_an_answer_that_cannot_be_spelt_fails_alone(runner, monkeypatch):
     bench.finish()
     assert isinstance(bench.answers[shorter], InferenceFailedError)
     assert bench.answers[longer].token_ids
+    assert runner._slots.used == 0
+    ended = sum((Counter(report.ended) for report in bench.reports), Counter())
+    assert ended["failed"] == 1
+    assert ended.total() == 2
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_stream_that_cannot_be_spelt_fails_alone(tiny, monkeypatch, runs_ahead):
+    runner = SpeechRunner(tiny, max_slots=4, runs_ahead=runs_ahead)
+    bench = Bench(runner)
+    streamed = bench.submit(CLIPS[3], on_piece=lambda _piece: None)
+    plain = bench.submit(CLIPS[1])
+    spell = runner.text
+
+    def fail_early(token_ids):
+        if len(token_ids) == 3:
+            raise TypeError("no token")
+        return spell(token_ids)
+
+    monkeypatch.setattr(runner, "text", fail_early)
+    bench.finish()
+    assert isinstance(bench.answers[streamed], InferenceFailedError)
+    assert len(bench.pieces[streamed]) == 2
+    assert list(bench.answers[plain].token_ids) == generate_alone(tiny, CLIPS[1])
     assert runner._slots.used == 0
 
 

@@ -115,9 +115,10 @@ def test_cuda_fetches_clips_from_shared_memory_and_lets_go_of_it():
     assert torch.from_numpy(there).is_pinned()
     fetched = torch.from_numpy(there).to(device, non_blocking=True)
     np.testing.assert_array_equal(fetched.cpu().numpy(), there)
-    again = cuda_memory(device)  # as after an engine that has died
-    again.share(shared.memory)
-    assert again.holds(there)
-    again.forget(shared.memory)
+    assert cuda_memory(device) is memory  # for the next engine, too
+    memory.forget(shared.memory)
     assert not torch.from_numpy(there).is_pinned()
+    memory.share(shared.memory)
+    assert memory.holds(there)
+    memory.forget(shared.memory)
     torch.zeros(1, device=device)  # no error was left behind
