@@ -139,17 +139,16 @@ async def test_a_process_that_says_something_wrong_costs_one_request(
     program = tmp_path / "python"
     program.write_text(HOSTILE.format(python=sys.executable, messages=messages))
     program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
     pool = DecodePool(1, timeout_s=30.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", str(program))
-        await pool.start()
+    await pool.start()
     try:
-        (process_id,) = pool.process_ids
-        with pytest.raises(DecoderCrashedError):
-            await decode(pool, encode(tone(0.5)))
-        _, end = await decode(pool, encode(tone(0.5)))  # by the one in its place
-        assert end.decoded_s == 0.5
-        assert pool.process_ids != [process_id]
+        for _ in range(2):  # the one in its place is no better
+            (process_id,) = pool.process_ids
+            with pytest.raises(DecoderCrashedError):
+                await decode(pool, encode(tone(0.5)))
+            while pool.process_ids in ([process_id], []):  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.001)
     finally:
         await pool.stop()
 
