@@ -103,6 +103,44 @@ def test_clips_say_the_same_fetched_and_copied(tiny_checkpoint):
     assert not pins.held
 
 
+class Runtime:
+    """CUDA's, as far as it pins memory."""
+
+    def __init__(self):
+        self.status, self.pinned, self.waited = 0, {}, 0
+
+    def cudaHostRegister(self, address, size, flags):  # noqa: N802 - CUDA's name
+        if not self.status:
+            self.pinned[address] = (size, flags)
+        return self.status
+
+    def cudaHostUnregister(self, address):  # noqa: N802 - likewise
+        assert self.waited
+        return 0 if self.pinned.pop(address, None) else 713
+
+    def wait(self, _device):
+        self.waited += 1
+
+
+def test_the_runtime_is_asked_to_pin_and_waited_for_before_it_lets_go(monkeypatch, caplog):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", runtime.wait)
+    memory = cuda_memory.__wrapped__(torch.device("cpu"))
+    samples = np.zeros(2 * CHUNK, np.float32)
+    memory.share(samples)
+    assert memory.holds(samples[:CHUNK])
+    assert list(runtime.pinned.values()) == [(4 * CHUNK, 1)]
+    runtime.status = 2  # out of memory
+    assert not memory.holds(samples[CHUNK:])
+    assert "cannot be pinned" in caplog.text
+    memory.forget(samples)
+    assert not runtime.pinned
+    assert runtime.waited == 1
+    memory.forget(samples)  # waits for nothing
+    assert runtime.waited == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_fetches_clips_from_shared_memory_and_lets_go_of_it():
