@@ -46,9 +46,8 @@ class DirectMemory:
         self._pin = pin
         self._unpin = unpin
         self._shared: dict[int, int] = {}  # bytes, by address
-        self._is_pinned: dict[
-            int, bool
-        ] = {}  # by address of a chunk; what fails is not tried again
+        # By address of a chunk; what cannot be pinned is not tried again.
+        self._is_pinned: dict[int, bool] = {}
 
     def share(self, samples: NDArray[np.float32]) -> None:
         """Let clips lie in samples (N,); twice is as good as once."""

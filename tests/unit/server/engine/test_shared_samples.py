@@ -4,6 +4,7 @@ import os
 from unittest import mock
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +69,17 @@ def test_no_waveform_lies_in_two_chunks(clips):
             front_ends.give_back(place)
         for _ in range(ROOM // 16_384):  # what is free of a chunk is in one piece again
             assert front_ends.put(np.zeros(16_384, np.float32)) is not None
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_chunks_that_are_given_back_whole_are_not_joined(order):
+    with mock.patch("server.engine.shared_samples.CHUNK_SAMPLES", 16_384):
+        front_ends, _ = shared()
+        whole = [front_ends.put(np.zeros(16_384, np.float32)) for _ in range(2)]
+        for place in whole[::order]:
+            front_ends.give_back(place)
+        firsts = [front_ends.put(np.zeros(10_000, np.float32)).first for _ in range(2)]
+        assert firsts == [0, 16_384]
 
 
 def test_samples_that_are_no_float32_or_not_in_a_row_are_copied_as_such():
